@@ -1,0 +1,145 @@
+"""From configuration to objects: the only file, with train.py and fit.py, that reads `cfg`."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from distill.checkpoints import load_weights
+from distill.data.base import Data
+from distill.errors import UsageError, UserError
+from distill.losses.base import Loss
+from distill.models.taps import infer_taps
+from distill.network import Network
+from distill.progress import say
+from distill.schedules import check_weight
+from distill.types import Batch
+
+ROLE_KEYS = ("checkpoint", "fit", "taps", "mean", "std")
+
+
+def data(cfg: DictConfig) -> Data:
+    """The image set that a conf/data file describes."""
+    found = instantiate(cfg, _convert_="all")
+    say(
+        f"data: {cfg._target_.rpartition('.')[2]}, {len(found.train):,} training, {len(found.val):,} validation and "
+        f"{len(found.test):,} test images, {found.num_classes} classes, {found.image_size} px"
+    )
+    return found
+
+
+def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_head: bool = True) -> Network:
+    """The network that a conf/network file describes, with its checkpoint where one is given.
+
+    Args:
+        cfg: `_target_` and its arguments, `taps`, `mean`, `std`, and the role's `checkpoint`.
+        classes, image_size: given to the target where it takes `num_classes`, `image_size`.
+        seed: of the initial weights, which depend on nothing else.
+        fresh_head: a checkpoint of another number of classes keeps all but its head; else that is an error.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    arguments = {key: value for key, value in plain.items() if key not in ROLE_KEYS}
+    accepted = _parameters(cfg._target_)
+    for key, value in {"num_classes": classes, "image_size": image_size}.items():
+        if key in accepted:
+            arguments[key] = value
+    torch.manual_seed(seed)
+    net = instantiate(arguments, _convert_="all")
+    if cfg.checkpoint:
+        left = load_weights(net, cfg.checkpoint, new_head=fresh_head)
+        if left:
+            say(f"  {cfg.checkpoint} has other classes: {', '.join(left)} start anew")
+    taps = plain["taps"] if plain["taps"] is not None else infer_taps(net, image_size)
+    wrapped = Network(net, taps, plain["mean"], plain["std"])
+    return wrapped.to(memory_format=torch.channels_last)
+
+
+def _parameters(target: str) -> Mapping:
+    try:
+        return inspect.signature(get_object(target)).parameters
+    except Exception as error:
+        raise UsageError(f"_target_={target} can't be imported: {error}") from error
+
+
+def steps(cfg: DictConfig) -> dict[str, Callable]:
+    """Compression steps or exporters by name, in the order given."""
+    return {name: instantiate(options, _convert_="all") for name, options in cfg.items()}
+
+
+def reloaders(cfg: DictConfig) -> dict[str, Callable]:
+    """The `reload` that stands beside each exporter's `export`."""
+    return {name: get_object(f"{options._target_.rpartition('.')[0]}.reload") for name, options in cfg.items()}
+
+
+def loggers(cfg: DictConfig, folder: Path) -> list:
+    """The loggers besides the CSV files."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    return [
+        instantiate(options, folder=folder, name=cfg.name, config=plain, _convert_="all")
+        for options in cfg.logger.values()
+    ]
+
+
+def losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
+    """The terms of `cfg` by name, not yet built, and their weights."""
+    if not cfg:
+        raise UsageError("loss=[]: give at least one loss, e.g. 'loss=[ce,kd]'")
+    terms, weights = {}, {}
+    for name, options in OmegaConf.to_container(OmegaConf.create(cfg), resolve=True).items():
+        weights[name] = options.pop("weight")
+        check_weight(name, weights[name])
+        terms[name] = instantiate(options, _convert_="all")
+    return terms, weights
+
+
+def connect(student: Network, teacher: nn.Module | None, terms: Mapping[str, Loss], data: Data, seed: int) -> None:
+    """Tap what the losses read and make their layers, by one dry run of two training images.
+
+    Raises:
+        UserError: a network that doesn't answer with one logit a class, a tap that isn't there.
+    """
+    _keep(student, "student", terms)
+    if teacher is not None:
+        _keep(teacher.network, "teacher", terms)
+    rows = torch.arange(2) % len(data.train)
+    batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
+    student_outputs = _dry_run(student, batch, "student", data)
+    teacher_outputs = None if teacher is None else teacher(batch)
+    if teacher is not None:
+        _check_logits(teacher_outputs.logits, "teacher", data)
+    for name, loss in terms.items():
+        if loss.needs_teacher and teacher is None:
+            raise UserError(f"loss {name} needs a teacher, and this run has none")
+        torch.manual_seed(seed)
+        loss.build(student_outputs, teacher_outputs, data)
+
+
+def _keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
+    for name, loss in terms.items():
+        try:
+            network.keep(getattr(loss, f"{role}_taps"))
+        except UserError as error:
+            raise UserError(f"loss {name}, {role}: {error}") from error
+    network.keep(tap for loss in terms.values() for tap in getattr(loss, f"{role}_taps"))
+
+
+@torch.no_grad()
+def _dry_run(network: Network, batch: Batch, role: str, data: Data):
+    network.eval()
+    outputs = network(batch.images)
+    network.train()
+    _check_logits(outputs.logits, role, data)
+    return outputs
+
+
+def _check_logits(logits, role: str, data: Data) -> None:
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != data.num_classes:
+        came = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(
+            f"the {role} answers with {came}, expected (images, {data.num_classes}): the data has "
+            f"{data.num_classes} classes; set {role}.num_classes or choose another network"
+        )

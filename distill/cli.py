@@ -1,0 +1,102 @@
+"""The command line: Hydra's, with errors of one line and exit codes (1: it failed, 2: wrong usage)."""
+
+import contextlib
+import functools
+import os
+import re
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from distill import config
+from distill.errors import UsageError, UserError
+
+TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+
+
+def command(job):
+    """Make `job(cfg)` the program: `@cli.command def main(cfg)`, then `main()`."""
+
+    @functools.wraps(job)
+    def guarded(cfg):
+        try:
+            hydra_cfg = HydraConfig.get()
+            config.check(cfg, list(hydra_cfg.overrides.task), hydra_cfg.runtime.choices)
+            return job(cfg)
+        except KeyboardInterrupt:
+            folder = HydraConfig.get().runtime.output_dir
+            print(f"interrupted; python train.py run={folder} goes on", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            if TRACEBACK:
+                raise
+            code = _tell(error)
+            with contextlib.suppress(OSError):  # a folder in which nothing was begun
+                os.rmdir(HydraConfig.get().runtime.output_dir)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                return None  # the sweep goes on; its table shows the failure and sets the exit code
+            sys.exit(code)
+
+    @functools.wraps(job)
+    def main():
+        config.register()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
+        try:
+            hydra.main(config_path=config.PATH, config_name="train", version_base="1.3")(guarded)()
+        except Exception as error:
+            if TRACEBACK:
+                raise
+            sys.exit(_tell(error))
+
+    return main
+
+
+def _tell(error: Exception) -> int:
+    """Print the error as one line and return the exit code."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    known = next((link for link in chain if isinstance(link, UserError)), None)
+    usage = isinstance(known or error, (UsageError, HydraException, OmegaConfBaseException))
+    if known:
+        text = str(known)
+    elif isinstance(error, (HydraException, OmegaConfBaseException)):
+        text = _hydra_text(str(chain[-1] if "Error in call to target" in str(error) else error))
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    else:
+        text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
+    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    return 2 if usage else 1
+
+
+def _hydra_text(text: str) -> str:
+    """Hydra's message in one line, with the nearest thing that exists."""
+    if missing := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*(.*)", text, re.S):
+        group, _, choice = missing[1].rpartition("/")
+        choices = missing[3].partition("Config search path")[0].split()
+        return f"no {group} '{choice}'{config.nearest(choice, choices)} There are: {', '.join(choices)}"
+    if missing := re.search(r"Could not (?:override|append.*?to) '([^']+)'", text):
+        return (
+            f"no option '{missing[1]}'{config.nearest(missing[1], _known_keys())} (python train.py --help lists them)"
+        )
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]} must be given, e.g. {missing[1]}=VALUE"
+    return text.partition("\nSee https")[0]
+
+
+def _known_keys() -> list[str]:
+    """All option names under the groups chosen on this command line."""
+    from hydra import compose, initialize_config_dir
+
+    groups = {entry.name for entry in os.scandir(config.PATH) if entry.is_dir()} | {"teacher", "student"}
+    chosen = [word for word in sys.argv[1:] if config.is_group(word, groups)]
+    try:
+        with initialize_config_dir(config.PATH, version_base="1.3"):
+            return config.keys(compose("train", chosen))
+    except Exception:  # a second mistake: the first one is told without a suggestion
+        return []

@@ -1,0 +1,91 @@
+"""Dynamic int8: Linear layers compute in int8, convolutions are stored in int8.
+
+- Linear: `torch.ao.quantization.quantize_dynamic`, int8 weights with one scale per output channel; the
+  activations get one scale per batch, chosen when the network runs, so no calibration data is needed.
+- Conv2d: PyTorch has no dynamic kernel for it. Its weights are stored in int8, symmetric with one scale per
+  output channel (Jacob et al. 2018, arXiv:1712.05877; per channel: Krishnamoorthi 2018, arXiv:1806.08342):
+
+      q = round(w / s),  s = max|w| / 127,  w' = s · q,  so |w - w'| <= s / 2
+
+  and dequantized in the graph: the file is smaller, the arithmetic stays float.
+"""
+
+import copy
+import warnings
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+from torch.fx.experimental.optimization import fuse
+
+from distill.errors import UserError
+
+CONV = ("weight_only", "float")
+
+
+class Int8Conv2d(nn.Module):
+    """A zero-padded Conv2d whose weight is an int8 buffer (O, I/groups, kh, kw) and a scale (O, 1, 1, 1)."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        weight = conv.weight.detach()
+        scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a channel of zeros; NaN stays NaN
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+        self.stride, self.padding = conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+
+    def dequantized(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.dequantized(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def fold_batch_norm(net: nn.Module) -> nn.Module:
+    """A copy in eval mode whose BatchNorms are folded into their convolutions, where torch.fx can follow it.
+
+    int8 weights must not be frozen, so TorchScript would not fold them later. With one scale per channel,
+    folding leaves the int8 numbers as they are.
+    """
+    net = copy.deepcopy(net).eval()
+    try:
+        traced = fx.symbolic_trace(net)
+    except Exception:  # whatever its forward raises on a symbolic value: control flow that depends on tensors
+        return net
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    if any(calls[name] > 1 for name, layer in traced.named_modules() if isinstance(layer, nn.Conv2d)):
+        return net  # a convolution that is called twice cannot absorb two BatchNorms
+    return fuse(net)
+
+
+def dynamic_int8(net: nn.Module, finetune=None, data=None, *, conv: str = "weight_only") -> nn.Module:
+    """A compressed copy of `net`; `net` itself is untouched.
+
+    Args:
+        net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
+        finetune, data: part of every compression step's signature; not needed here.
+        conv: "weight_only" stores convolutions in int8; "float" leaves them as they are.
+
+    Subclasses of Linear and Conv2d, and convolutions padded with anything but zeros, stay float: `coverage`
+    says how much that is.
+
+    Raises:
+        UserError: `conv` is none of these.
+    """
+    if conv not in CONV:
+        raise UserError(f"compress.dynamic_int8.conv={conv} is unknown: choose one of {', '.join(CONV)}")
+    net = fold_batch_norm(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization is to move to torchao
+        warnings.filterwarnings("ignore", message=".*(reduce_range|quantize_per_channel)")
+        quantize_dynamic(net, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+    if conv == "weight_only":
+        for name, module in list(net.named_modules()):
+            if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+                net.set_submodule(name, Int8Conv2d(module))
+    return net

@@ -1,0 +1,46 @@
+"""The arrays of one of torchvision's data sets, downloaded unless they are there."""
+
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from distill.errors import UserError
+
+
+def fetch(dataset: type, root: str, remedy: str) -> tuple[list[str], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Class names, and (images, labels) of training and test set.
+
+    Args:
+        dataset: a torchvision class whose items have one size; it checks its files and knows their address.
+        root: the folder it keeps them in, made if need be.
+        remedy: for the message: which files to put where.
+
+    Returns:
+        images (N, C, H, W) uint8, labels (N,) int64.
+
+    Raises:
+        UserError: the set is not there, or damaged, and cannot be downloaded.
+    """
+    folder = Path(root).expanduser().absolute()
+    try:
+        try:
+            train, test = dataset(folder, train=True), dataset(folder, train=False)
+        except Exception:  # missing, or not what its checksum says
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{dataset.__name__}.lock"):  # several processes may want it at once
+                train, test = dataset(folder, train=True, download=True), dataset(folder, train=False)
+    except Exception as error:  # torchvision raises RuntimeError, URLError, AssertionError, EOFError …
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"{dataset.__name__} is not (whole) in {folder} and cannot be downloaded ({reason}): "
+            f"{remedy}, or point data.root or DISTILL_DATA to the folder that has it"
+        ) from None
+    return list(train.classes), _arrays(train), _arrays(test)
+
+
+def _arrays(split) -> tuple[Tensor, Tensor]:
+    images = torch.as_tensor(split.data)  # (N, H, W) or (N, H, W, 3) uint8
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return images, torch.as_tensor(split.targets)

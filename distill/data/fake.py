@@ -1,0 +1,41 @@
+"""Made images whose classes can be learned: for tests and benchmarks."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import interpolate
+
+from distill.data.base import Data, from_arrays
+from distill.errors import UsageError
+
+
+def fake(
+    batch_size: int,
+    num_workers: int,
+    num_classes: int = 10,
+    train_size: int = 600,
+    image_size: int = 32,
+    seed: int = 0,
+    augment: Callable | None = None,
+) -> Data:
+    """Each class is a smooth colour pattern under noise; validation and test are a third of training each.
+
+    Args:
+        num_classes: at least 2; they are equally frequent.
+        train_size: at least as many.
+        seed: patterns and noise are drawn from it.
+    """
+    if not 2 <= num_classes <= train_size:
+        raise UsageError(
+            f"data.num_classes must be from 2 to data.train_size, not {num_classes} with {train_size} images"
+        )
+    sizes = [train_size, max(num_classes, train_size // 3), max(num_classes, train_size // 3)]
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(num_classes, 3, 4, 4, generator=generator)
+    patterns = interpolate(patterns, size=(image_size, image_size), mode="bilinear")
+    labels = torch.cat([torch.arange(size) % num_classes for size in sizes])
+    noise = torch.randn(sum(sizes), 3, image_size, image_size, generator=generator)
+    images = (patterns[labels] + 0.3 * noise).clamp(0, 1).mul(255).byte()
+    classes = [f"class{label}" for label in range(num_classes)]
+    splits = zip(images.split(sizes), labels.split(sizes), strict=True)
+    return from_arrays(classes, *splits, augment, batch_size, num_workers)

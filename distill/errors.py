@@ -1,0 +1,9 @@
+"""The errors that a user can cause and mend."""
+
+
+class UserError(Exception):
+    """One clear line that says what is wrong and what to do; shown without a traceback, exit code 1."""
+
+
+class UsageError(UserError):
+    """The command line or the configuration is wrong; exit code 2."""

@@ -1,0 +1,159 @@
+"""TorchScript: NAME.pt for libtorch and Python, NAME.ptl for PyTorch Mobile's lite interpreter."""
+
+import io
+import json
+import linecache
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.backends import xnnpack
+from torch.jit.mobile import _load_for_lite_interpreter
+from torch.utils.mobile_optimizer import optimize_for_mobile
+
+from distill.compress.coverage import int8_share
+from distill.errors import UserError
+from distill.export.artifact import Artifact, write
+
+METADATA = "metadata.json"
+
+
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
+    """Writes stem.pt and stem.ptl, both for any batch size, with `metadata` inside.
+
+    Args:
+        net: float or int8, eval mode on the CPU, images in [0, 1] to logits (N, K).
+        example: images (N, C, H, W); gives the input's size.
+        stem: the files' path without suffix.
+        metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+
+    Raises:
+        UserError: `net` cannot be traced, or a file cannot be written.
+    """
+    stem = Path(stem)
+    channels, height, width = example.shape[1:]
+    metadata = {
+        "input": {
+            "layout": "NCHW",
+            "dtype": "float32",
+            "range": [0, 1],
+            "channels": channels,
+            "height": height,
+            "width": width,
+        },
+        **metadata,
+    }
+    extra = {METADATA: json.dumps(metadata, ensure_ascii=False)}
+    script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
+    with _no_deprecations(), torch.no_grad():
+        traced = script = lite = _trace(net, example)
+        note = ""
+        if int8_share(net) == 0:  # freezing and mobile optimisation would write int8 weights out as float
+            script = lite = torch.jit.freeze(traced)
+            if xnnpack.enabled:
+                lite = optimize_for_mobile(traced)
+            else:
+                note = "not optimised for mobile: this build of PyTorch has no XNNPACK"
+        buffer = io.BytesIO()
+        torch.jit.save(script, buffer, _extra_files=extra)
+        write(script_path, buffer.getvalue())
+        write(lite_path, lite._save_to_buffer_for_lite_interpreter(_extra_files=extra))
+    if note:
+        print(f"  {lite_path.name}: {note}", flush=True)
+    return reload(stem)
+
+
+def reload(stem: Path) -> list[Artifact]:
+    """The files that `export` wrote at `stem`, those of them that are there."""
+    script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
+    files = [
+        Artifact("torchscript", script_path, _reloading(torch.jit.load, script_path)),
+        Artifact("lite", lite_path, _reloading(_load_for_lite_interpreter, lite_path)),
+    ]
+    return [file for file in files if file.path.is_file()]
+
+
+def read_metadata(path: Path) -> dict:
+    """What `export` wrote beside the weights; nothing of the file is executed.
+
+    Raises:
+        UserError: `path` is not such a file.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            name = next(name for name in file.namelist() if name.endswith(f"/extra/{METADATA}"))
+            return json.loads(file.read(name))
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
+        raise UserError(f"{path} has no readable {METADATA}: expected a .pt or .ptl that distill exported") from error
+
+
+def _reloading(load: Callable, path: Path) -> Callable[[Tensor], Tensor]:
+    @cache
+    def module():
+        try:
+            with _no_deprecations():
+                return load(str(path))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"cannot load {path}: {reason}; export it again") from error
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module()(images)
+
+    return run
+
+
+def _trace(net: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+    """`net` as a graph that answers like it on other images and in other batch sizes."""
+    name = type(net.net if hasattr(net, "net") else net).__name__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            traced = torch.jit.trace(net, example, check_trace=False)
+        except Exception as error:  # whatever the network's own code raises under tracing
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{name} cannot be traced to TorchScript: {type(error).__name__}: {reason}") from error
+    for images in _other_batches(example):
+        wanted = net(images)
+        try:
+            same = torch.allclose(traced(images), wanted, rtol=1e-3, atol=1e-4, equal_nan=True)
+        except RuntimeError:  # a batch size that is fixed in the graph
+            same = False
+        if not same:
+            raise UserError(
+                f"{name} cannot be traced to TorchScript: on {len(images)} other images the trace fails or "
+                f"answers differently from the network; {_suspects(caught)}"
+            )
+    return traced
+
+
+def _other_batches(example: Tensor) -> list[Tensor]:
+    """Dark, random and bright images in three batch sizes, so that a branch taken by any of them shows."""
+    shape, generator = example.shape[1:], torch.Generator().manual_seed(0)
+    return [torch.zeros(1, *shape), torch.rand(7, *shape, generator=generator), torch.ones(2, *shape)]
+
+
+def _suspects(caught: list[warnings.WarningMessage]) -> str:
+    places = [
+        f"`{linecache.getline(warning.filename, warning.lineno).strip()}` "
+        f"({Path(warning.filename).name}:{warning.lineno})"
+        for warning in caught
+        if issubclass(warning.category, torch.jit.TracerWarning)
+    ]
+    if not places:
+        return "does its forward draw random numbers or keep state?"
+    return f"rewrite what depends on the values or the number of images: {', '.join(dict.fromkeys(places))}"
+
+
+@contextmanager
+def _no_deprecations() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and what phones run
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -1,0 +1,204 @@
+"""Training: Lightning's Trainer, checkpoints that survive a kill, exact resume, the best weights."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from filelock import FileLock
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger
+
+from distill import build
+from distill.checkpoints import load_weights, read_state, save_weights
+from distill.data.base import Data
+from distill.errors import UserError
+from distill.files import atomic
+from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
+from distill.module import Distill
+from distill.network import Network
+from distill.progress import Lines, say
+from distill.teachers import Frozen, content_hash
+
+
+def fit(
+    cfg: DictConfig,
+    network: Network,
+    teacher: Frozen | None,
+    losses: Mapping,
+    data: Data,
+    folder: Path,
+    epochs: int,
+    lr: float,
+    loggers=(),
+) -> dict:
+    """Train `network` in place for `epochs`, continuing from `folder`/checkpoints where a killed run left one.
+
+    Returns:
+        {"best": {"epoch", "accuracy", "state"}, "last": {…}}: epoch counted from 1, validation accuracy in
+        [0, 1], and the network's weights. `network` holds those of cfg.select.
+    """
+    terms, weights = build.losses(losses)
+    build.connect(network, teacher, terms, data, cfg.seed + 1)
+    factor = instantiate(cfg.schedule, _convert_="all")
+    module = Distill(
+        network,
+        teacher,
+        terms,
+        weights,
+        instantiate(cfg.optimizer, lr=lr, _convert_="all"),
+        lambda epoch: factor(epoch, epochs),
+        data.num_classes,
+        ema=cfg.ema,
+        seed=cfg.seed,
+    )
+    checkpoints = folder / "checkpoints"
+    keep = Keep(checkpoints, cfg.checkpoint_every)
+    callbacks = [keep, Lines(epochs)]
+    if Lines.on_a_terminal():
+        callbacks.append(TQDMProgressBar(leave=False))
+    if cfg.early_stopping is not None:
+        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=cfg.early_stopping, check_finite=False))
+    _quiet()
+    trainer = instantiate(
+        cfg.trainer,
+        _convert_="all",
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=[CSVLogger(folder, "metrics"), *loggers],
+        plugins=[AtomicCheckpoints()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=Lines.on_a_terminal(),
+    )
+    loader = data.train_loader(cfg.seed)
+    resume = checkpoints / LAST if (checkpoints / LAST).exists() else None
+    if resume:
+        epoch, batch = position(read(resume))
+        loader.sampler.resume_at(epoch, batch)
+        say(f"  continuing after {epoch} epochs and {batch} of {len(loader)} batches")
+    try:
+        trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
+    except SystemExit as end:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt if trainer.interrupted else end from None
+    chosen = {
+        "last": {**keep.last, "state": _copy(module.shipped.net.state_dict())},
+        "best": {**keep.best, "state": read_state(checkpoints / BEST)},
+    }
+    network.net.load_state_dict(chosen[cfg.select]["state"])
+    network.keep(()).eval().to("cpu")
+    return chosen
+
+
+def teacher(cfg: DictConfig, data: Data) -> Frozen:
+    """The teacher with its weights: given, fitted before, or fitted now.
+
+    teacher.fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
+    N fine-tunes what there is; 0 takes it as it is.
+    """
+    given = cfg.teacher.checkpoint or (_pretrained(cfg.teacher) and data.num_classes == 1000)
+    epochs = cfg.teacher.fit.epochs
+    if epochs is None:
+        epochs = 0 if given else cfg.trainer.max_epochs
+    network = build.network(cfg.teacher, data.num_classes, data.image_size, cfg.seed, fresh_head=epochs > 0)
+    if epochs > 0:
+        network = _fit_once(cfg, "teacher", network, {"ce": _ce(cfg)}, data, epochs, cfg.teacher.fit.lr)
+    else:
+        say(f"teacher: {type(network.net).__name__} as given ({cfg.teacher.checkpoint or 'its own weights'})")
+    return Frozen(network)
+
+
+def student_alone(cfg: DictConfig, data: Data) -> Network:
+    """The student trained on the labels alone with the same budget: what distillation is measured against."""
+    network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    return _fit_once(cfg, "student", network, {"ce": _ce(cfg)}, data, cfg.trainer.max_epochs, cfg.optimizer.lr)
+
+
+def distil(cfg: DictConfig, taught_by: Frozen, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
+    """The student taught by the teacher under the losses of `cfg`, and its best and last epoch (see `fit`)."""
+    network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    epochs = cfg.trainer.max_epochs
+    say(f"distill: {type(network.net).__name__} under {' + '.join(cfg.loss)} for {epochs} epochs")
+    return network, fit(cfg, network, taught_by, cfg.loss, data, folder, epochs, cfg.optimizer.lr, loggers)
+
+
+def _pretrained(cfg: DictConfig) -> bool:
+    return bool(cfg.get("weights") or cfg.get("pretrained"))
+
+
+def _ce(cfg: DictConfig) -> dict:
+    """The cross-entropy of the run, with its label smoothing, at full weight."""
+    plain = OmegaConf.to_container(cfg.loss, resolve=True).get("ce", {"_target_": "distill.losses.ce.CE"})
+    return {**plain, "weight": 1.0}
+
+
+def _fit_once(cfg: DictConfig, role: str, network: Network, losses, data: Data, epochs: int, lr: float) -> Network:
+    """`network` fitted on the labels; once for its configuration, initial weights, data and budget.
+
+    The weights lie in cfg.store under the hash of all that decides them, so that runs and sweeps share them.
+    """
+    described = _plain(cfg[role])
+    decides = {
+        "network": {key: value for key, value in described.items() if key not in ("checkpoint", "fit")},
+        "weights": content_hash(network),
+        "images": data.fingerprint,
+        "loss": losses,
+        "epochs": epochs,
+        **{key: _plain(cfg[key]) for key in ("data", "optimizer", "schedule", "trainer", "seed", "ema", "select")},
+        "early_stopping": cfg.early_stopping,
+    }
+    decides["optimizer"]["lr"] = lr
+    decides["trainer"].pop("max_epochs")
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cfg.store) / f"{role}-{key}"
+    weights = folder / "weights.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "teacher" if role == "teacher" else "student alone"
+    child = int(os.environ.get("LOCAL_RANK", 0)) > 0  # of a distributed run: its rank 0 holds the lock
+    with contextlib.nullcontext() if child else FileLock(folder / "lock"):
+        if weights.exists():
+            say(f"{name}: fitted before, read from {weights}")
+        elif "teacher" not in cfg.stages and "distill" not in cfg.stages:
+            raise UserError(f"the {name} is not fitted yet ({weights} is missing): add teacher and distill to stages")
+        else:
+            say(f"{name}: fitting {type(network.net).__name__} on the labels for {epochs} epochs → {weights}")
+            chosen = fit(cfg, network, None, losses, data, folder, epochs, lr)[cfg.select]
+            decides |= {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
+            with atomic(folder / "fit.json") as temporary:
+                temporary.write_text(json.dumps(decides, indent=2))
+            save_weights(network.net, weights, {})
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        load_weights(network.net, weights)
+    return network.keep(()).eval()
+
+
+def _copy(state: Mapping) -> dict:
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
+def _plain(cfg):
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+
+
+def _quiet() -> None:
+    """Lightning's remarks about hardware, workers and tips are not for our users."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*LeafSpec.*",
+        ".*Experiment logs directory.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)

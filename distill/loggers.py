@@ -1,0 +1,35 @@
+"""Where metrics go besides the CSV files: Weights & Biases, TensorBoard."""
+
+import os
+from pathlib import Path
+
+from distill.errors import UserError
+
+INIT_TIMEOUT = 10  # seconds a login may take before the run goes on offline
+
+
+def wandb(folder: Path, name: str, config: dict, project: str = "distill"):
+    """A WandbLogger that never asks and never waits: offline unless there is a key and the server answers."""
+    import wandb as w
+    from pytorch_lightning.loggers import WandbLogger
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if w.setup().settings.api_key or w.api.api_key else "offline")
+    options = {"dir": folder, "name": name, "project": project, "config": config}
+    settings = {"silent": True, "init_timeout": INIT_TIMEOUT}
+    try:
+        experiment = w.init(mode=mode, settings=w.Settings(**settings), **options)
+    except w.errors.Error as error:
+        print(f"  wandb: no answer ({' '.join(str(error).split())[:80]}); logging offline", flush=True)
+        w.teardown()
+        experiment = w.init(mode="offline", settings=w.Settings(**settings), **options)
+    return WandbLogger(experiment=experiment)
+
+
+def tensorboard(folder: Path, name: str, config: dict):
+    """A TensorBoardLogger in the run's folder."""
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(folder, name="tensorboard", version="")
+    except ModuleNotFoundError as error:
+        raise UserError("logger=tensorboard needs TensorBoard: pip install 'distill[tensorboard]'") from error

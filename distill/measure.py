@@ -1,0 +1,140 @@
+"""Measuring functions: networks and logits in, numbers out."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+from distill.compress.coverage import stored
+from distill.errors import UserError
+from distill.types import Batch
+
+Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N, K)
+
+ECE_BINS = 15
+
+
+@torch.no_grad()
+def predict(models: Mapping[str, Model], loader: Iterable[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+    """One pass over `loader` for all models: ({name: logits (N, K) float32}, labels (N,)).
+
+    Raises:
+        UserError: the loader is empty.
+    """
+    logits: dict[str, list[Tensor]] = {name: [] for name in models}
+    labels: list[Tensor] = []
+    for batch in loader:
+        labels.append(batch.labels)
+        for name, model in models.items():
+            logits[name].append(model(batch.images).float())
+    if not labels:
+        raise UserError("there are no test images to measure on: the test set is empty")
+    return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """The share of N images to which logits (N, K) of two models give the same top-1 class."""
+    return (a.argmax(1) == b.argmax(1)).double().mean().item()
+
+
+def logit_delta(a: Tensor, b: Tensor) -> float:
+    """max |a - b| over all images and classes, in logits."""
+    return (a - b).abs().max().item()
+
+
+def scores(logits: Tensor, labels: Tensor, teacher: Tensor | None, student: Tensor | None) -> dict[str, float | None]:
+    """What a model is worth on N labelled images; shares are in [0, 1].
+
+    Args:
+        logits: (N, K); labels: (N,) int64 in [0, K).
+        teacher, student: logits (N, K) of the teacher and of the float student, None where there is none.
+
+    Returns:
+        top1, top5 (None with at most five classes), ece (expected calibration error, 15 equal bins,
+        Guo et al. 2017, arXiv:1706.04599), teacher_agreement, student_agreement, student_delta
+        (max |Δlogit|).
+
+    Raises:
+        UserError: a logit is not finite, or a label is not a class of the model.
+    """
+    classes = logits.shape[1]
+    if not torch.isfinite(logits).all():
+        bad = (~torch.isfinite(logits).all(1)).sum().item()
+        raise UserError(f"the model answers NaN or infinity for {bad} of {len(logits)} images: it cannot be scored")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"labels run from {labels.min().item()} to {labels.max().item()}, but the model has "
+            f"{classes} classes (0 to {classes - 1}): the test set's classes must be the model's"
+        )
+    accuracy = dict(preds=logits, target=labels, num_classes=classes, average="micro")
+    ece = multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
+    return {
+        "top1": multiclass_accuracy(**accuracy).item(),
+        "top5": multiclass_accuracy(**accuracy, top_k=5).item() if classes > 5 else None,
+        "ece": ece.item(),
+        "teacher_agreement": None if teacher is None else agreement(logits, teacher),
+        "student_agreement": None if student is None else agreement(logits, student),
+        "student_delta": None if student is None else logit_delta(logits, student),
+    }
+
+
+def parameters(net: nn.Module) -> int:
+    """How many numbers were learned, whatever they are stored in."""
+    return sum(part.weights for part in stored(net).values())
+
+
+@torch.no_grad()
+def macs(net: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of convolutions, matrix products and attention for one of `example` (N, C, H, W).
+
+    `net` must be the float network: int8 kernels are not counted.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention would not be counted
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            net(example[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def latency(models: Mapping[str, Model], example: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
+    """Milliseconds for one image on one thread: {name: {"latency_ms": median, "latency_p95_ms": …}}.
+
+    The models take turns (A B A B …), so that a busy moment of the machine hits all of them alike. About
+    `seconds` a model after the warm-up, and at least 20 runs each.
+    """
+    image = example[:1].contiguous()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for model in models.values():
+            for _ in range(5):  # TorchScript specialises its graph during the first runs
+                model(image)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        end = time.perf_counter() + seconds * len(models)
+        rounds = 0
+        while rounds < 20 or time.perf_counter() < end:
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(image)
+                times[name].append((time.perf_counter() - start) * 1000)
+            rounds += 1
+    finally:
+        torch.set_num_threads(threads)
+    quantiles = {name: torch.tensor(runs, dtype=torch.float64).quantile(_MEDIAN_P95) for name, runs in times.items()}
+    return {name: {"latency_ms": q[0].item(), "latency_p95_ms": q[1].item()} for name, q in quantiles.items()}
+
+
+_MEDIAN_P95 = torch.tensor([0.5, 0.95], dtype=torch.float64)
+
+
+def file_bytes(path: Path) -> int:
+    return Path(path).stat().st_size

@@ -1,0 +1,271 @@
+"""The report of a run: what each model is worth and costs, as JSON, Markdown, a plot and a terminal table."""
+
+import io
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill import measure
+from distill.export.artifact import write as write_file
+
+ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
+MISSING = "–"
+PROTOCOL = {
+    "latency": "one image, one thread, models in turn, after warm-up: median and 95th percentile",
+    "ece": f"expected calibration error, {measure.ECE_BINS} equal bins",
+    "macs": "multiply-accumulates for one image, counted on the float network",
+    "max |Δlogit|, agreement with student": "against the float student on the test images",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's figures; None where one was not measured. Shares are in [0, 1]."""
+
+    name: str  # one of ORDER, or an artifact's file name
+    top1: float | None = None
+    top5: float | None = None
+    ece: float | None = None
+    teacher_agreement: float | None = None  # top-1, with the teacher
+    student_agreement: float | None = None  # top-1, with the float student
+    student_delta: float | None = None  # max |Δlogit| to the float student
+    parameters: int | None = None
+    macs: int | None = None
+    bytes: int | None = None
+    latency_ms: float | None = None  # median
+    latency_p95_ms: float | None = None
+    int8_share: float | None = None  # of the weights
+
+
+def check(
+    name: str,
+    logits: Tensor,
+    source: Tensor,
+    student: Tensor,
+    tolerance: Mapping[str, Mapping[str, float | None]],
+) -> list[str]:
+    """Why the file `name` may not ship, one line a reason; an empty list when it may.
+
+    Args:
+        logits: (N, K), answered by the reloaded file.
+        source: (N, K), of the eager network that the file was exported from.
+        student: (N, K), of the float student.
+        tolerance: {"file": bounds against the source, "compression": bounds against the float student}, each
+            {"logit": largest |Δlogit| or None, "agreement": smallest share of equal top-1 or None}.
+
+    A float file comes from the float student itself, so its tight bound is "file"; a compressed one is held
+    tightly to the compressed network and loosely to the float student.
+    """
+    bad = (~torch.isfinite(logits).all(1)).sum().item()
+    if bad:
+        return [f"{name}: answers NaN or infinity for {bad} of {len(logits)} images"]
+    failures = []
+    for reference, bounds, other in (
+        ("the network it was exported from", tolerance["file"], source),
+        ("the float student", tolerance["compression"], student),
+    ):
+        delta, agreement = measure.logit_delta(logits, other), measure.agreement(logits, other)
+        # "not <=" also catches a reference that is NaN
+        if bounds["logit"] is not None and not delta <= bounds["logit"]:
+            failures.append(
+                f"{name}: logits differ by up to {delta:.3g} from {reference} (allowed: {bounds['logit']:g})"
+            )
+        if bounds["agreement"] is not None and not agreement >= bounds["agreement"]:
+            failures.append(
+                f"{name}: top-1 agrees with {reference} on {agreement:.2%} of the images "
+                f"(needed: {bounds['agreement']:.2%})"
+            )
+    return failures
+
+
+def write(rows: list[Row], folder: Path, context: Mapping) -> None:
+    """Writes report.json, report.md and report.png into `folder`, each whole or not at all.
+
+    Args:
+        context: plain JSON values that belong to the figures, such as {"seed": 0, "data": "cifar10"}.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    rows, folder, machine = _ordered(rows), Path(folder), environment()
+    content = {
+        "rows": [asdict(row) for row in rows],
+        "context": dict(context),
+        "environment": machine,
+        "protocol": PROTOCOL,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_file(folder / "report.json", f"{text}\n".encode())
+    write_file(folder / "report.md", _markdown(rows, context, machine).encode())
+    write_file(folder / "report.png", _plot(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as plain text of at most 120 columns, with or without a terminal; long names are folded."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    headers, *body = _cells(_ordered(rows), short=True)
+    grid.add_column(headers[0], overflow="fold", min_width=20)
+    for header in headers[1:]:
+        grid.add_column(header, justify="right", no_wrap=True)
+    for cells in body:
+        grid.add_row(*cells)
+    console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(grid)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
+
+
+def environment() -> dict[str, str | int]:
+    """The machine and the versions that the figures were measured with."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "quantized engine": torch.backends.quantized.engine,
+        **{name: version(name) for name in ("torch", "torchvision", "torchmetrics")},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def _ordered(rows: list[Row]) -> list[Row]:
+    def key(row: Row):
+        return (ORDER.index(row.name), "") if row.name in ORDER else (len(ORDER), row.name)
+
+    return sorted(rows, key=key)
+
+
+def _cells(rows: list[Row], short: bool) -> list[list[str]]:
+    """Header, then one list of texts a row."""
+
+    def show(value, spec: str, scale: float = 1) -> str:
+        return MISSING if value is None else format(value * scale, spec)
+
+    student = next((row.top1 for row in rows if row.name == "student"), None)
+    headers = {
+        "model": "model",
+        "top-1 %": "top-1\n%",
+        "change": "±",
+        "agreement with teacher %": "teacher\nagr. %",
+        "ECE": "ECE",
+        "max |Δlogit|": "max\n|Δlogit|",
+        "agreement with student %": "student\nagr. %",
+        "parameters": "params\nM",
+        "MACs": "MACs\nM",
+        "bytes": "kB",
+        "latency ms": "ms",
+        "p95 ms": "p95\nms",
+        "int8 %": "int8\n%",
+    }
+    lines = [list(headers.values() if short else headers)]
+    for row in rows:
+        change = None if None in (row.top1, student) else row.top1 - student
+        lines.append(
+            [
+                row.name,
+                show(row.top1, ".2f", 100),
+                show(change, "+.2f", 100),
+                show(row.teacher_agreement, ".2f", 100),
+                show(row.ece, ".4f"),
+                show(row.student_delta, ".2g"),
+                show(row.student_agreement, ".2f", 100),
+                show(row.parameters, ".3f", 1e-6) if short else show(row.parameters, ",d"),
+                show(row.macs, ".1f", 1e-6) if short else show(row.macs, ",d"),
+                show(row.bytes, ",.0f", 1e-3) if short else show(row.bytes, ",d"),
+                show(row.latency_ms, ".2f"),
+                show(row.latency_p95_ms, ".2f"),
+                show(row.int8_share, ".0f", 100),
+            ]
+        )
+    return lines
+
+
+def _markdown(rows: list[Row], context: Mapping, machine: Mapping) -> str:
+    headers, *body = _cells(rows, short=False)
+    lines = ["# Report", "", "| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(headers) - 1))
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in body]
+    lines += [
+        "",
+        "Change: top-1 in points against the float student.",
+        "",
+        "![accuracy and cost](report.png)",
+    ]
+    for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):
+        if values:
+            lines += ["", f"## {title}", "", *(f"- {key}: {value}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(rows: list[Row]) -> bytes:
+    """Accuracy against file size and against latency, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("bytes", "file size (kB)", 1e-3), ("latency_ms", "latency of one image on one thread (ms)", 1))
+    for axes, (field, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        shown = [row for row in rows if row.top1 is not None and getattr(row, field) is not None]
+        axes.set(xscale="log", xlabel=label, ylabel="top-1 accuracy (%)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(True, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        _label_points(axes, [(getattr(row, field) * scale, row.top1 * 100, row.name) for row in shown])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _label_points(axes, points: list[tuple[float, float, str]]) -> None:
+    """Draws the points and, beside each, its name; names keep a line's distance from each other."""
+    if not points:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="grey")
+        return
+    xs, ys, _ = zip(*points, strict=True)
+    margin = max((max(ys) - min(ys)) * 0.25, 0.5)
+    low, high = min(ys) - margin, max(ys) + margin
+    axes.set(xlim=(min(xs) / 1.7, max(xs) * 1.7), ylim=(low, high))
+    line = 0.055  # the height of a line of text, as a share of the axes' height
+    height = -line
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        height = max((y - low) / (high - low), height + line)
+        to_the_right = x * x <= min(xs) * max(xs)  # of the point, when it is in the left half
+        (point,) = axes.plot(x, y, "o" if name in ORDER else "^", markersize=8)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(x * 1.06 if to_the_right else x / 1.06, height),
+            textcoords=axes.get_xaxis_transform(),
+            ha="left" if to_the_right else "right",
+            va="center",
+            fontsize=9,
+            color=point.get_color(),
+            arrowprops={
+                "arrowstyle": "-",
+                "color": point.get_color(),
+                "alpha": 0.5,
+                "relpos": (0 if to_the_right else 1, 0.5),  # the line starts at the name's near end
+            },
+        )

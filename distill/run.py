@@ -1,0 +1,215 @@
+"""A run's folder: what is needed to continue it, to export it again, to analyse it, to rebuild its student."""
+
+import contextlib
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from distill.checkpoints import load_weights, read_metadata, save_weights
+from distill.data.base import Data
+from distill.errors import UsageError, UserError
+from distill.files import atomic
+from distill.network import Network
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
+FREE = (
+    "name",
+    "run",
+    "stages",
+    "compress",
+    "export",
+    "logger",
+    "tolerance",
+    "experiment",
+    "store",
+    "baseline",
+)
+STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
+STARTING_POINT = ("checkpoint", "weights", "pretrained")  # what training began with is not needed any more
+
+
+class Run:
+    """`folder` and the configuration `cfg` that is in force in it."""
+
+    def __init__(self, folder: Path, cfg: DictConfig, record: dict):
+        self.folder, self.cfg, self.record = folder, cfg, record
+
+    def does(self, *stages: str) -> bool:
+        """Whether any of the stages is asked for."""
+        return any(stage in self.cfg.stages for stage in stages)
+
+    def compresses(self) -> bool:
+        """Whether there is a compressed network: asked for now, or made by an earlier stage of this run."""
+        return self.does("compress") or self.record.get("compressed") == list(self.cfg.compress)
+
+    def distilled(self) -> bool:
+        return (self.folder / STUDENT).is_file()
+
+    def save_student(self, student: Network, epochs: dict, data: Data) -> None:
+        """student_last.safetensors and student.safetensors (the selected epoch), each with what rebuilds it."""
+        described = OmegaConf.to_container(self.cfg.student, resolve=True)
+        described = {key: value for key, value in described.items() if key not in STARTING_POINT}
+        for file, which in ((STUDENT_LAST, "last"), (STUDENT, self.cfg.select)):
+            student.net.load_state_dict(epochs[which]["state"])
+            metadata = {
+                "network": described,
+                "classes": data.classes,
+                "image_size": data.image_size,
+                "selected": which,
+                "epoch": epochs[which]["epoch"],
+                "val_accuracy": epochs[which]["accuracy"],
+            }
+            texts = {key: json.dumps(value) for key, value in metadata.items()}
+            save_weights(student.net, self.folder / file, texts)
+
+    def student(self, file: str = STUDENT) -> Network:
+        """The student, rebuilt from its file."""
+        return rebuild(self.folder / file, trust=True)
+
+    def identity(self) -> dict:
+        """Which run a file comes from: goes into every artifact."""
+        return {
+            "run": self.folder.name,
+            "seed": self.cfg.seed,
+            "git": self.record["git"],
+            **self.record["choices"],
+        }
+
+    def context(self) -> dict:
+        """What the report says of the run."""
+        saved = {key: json.loads(value) for key, value in read_metadata(self.folder / STUDENT).items()}
+        chosen = f"{saved['selected']} epoch, {saved['epoch']}"
+        command = " ".join(["python train.py", *(shlex.quote(word) for word in self.record["overrides"])])
+        return {**self.identity(), "command": command, "student's epoch": chosen}
+
+    def write(self, **changes) -> None:
+        self.record |= changes
+        with atomic(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(self.record, indent=2))
+
+
+@contextlib.contextmanager
+def open_run(cfg: DictConfig) -> Iterator[Run]:
+    """The run that this command line starts or continues; how it ended is written into its run.json.
+
+    A continued run is composed anew from its own command line with the present one's words added, so that
+    groups can be chosen again (`stages=[compress,export,report] compress=...`).
+
+    Raises:
+        UsageError: the folder holds a run of another configuration.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    words = list(hydra.overrides.task)
+    choices = {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")}
+    record = {
+        "choices": choices,
+        "overrides": words,
+        "versions": _versions(),
+        "git": _git_commit(),
+        "created": _now(),
+    }
+    if (folder / "run.json").is_file():
+        record = json.loads((folder / "run.json").read_text())
+        if cfg.run is not None:
+            words = [*record["overrides"], *(word for word in words if not word.startswith("run="))]
+            cfg = compose("train", words)
+        _refuse_change(folder, OmegaConf.load(folder / "config.yaml"), cfg)
+        record["overrides"] = words
+    with open_dict(cfg):
+        cfg.name, cfg.run = folder.name, None
+    run = Run(folder, cfg, record)
+    plain = OmegaConf.to_yaml(cfg, resolve=True)
+    with atomic(folder / "config.yaml") as temporary:
+        temporary.write_text(plain)
+    run.write(status="running", seed=cfg.seed, stages=list(cfg.stages), error=None)
+    try:
+        yield run
+    except BaseException as error:
+        run.write(status="failed", error=" ".join(str(error).split()) or type(error).__name__, ended=_now())
+        raise
+    run.write(status="done", ended=_now())
+
+
+def _refuse_change(folder: Path, old: DictConfig, new: DictConfig) -> None:
+    old, new = (OmegaConf.to_container(cfg, resolve=True) for cfg in (old, new))
+    changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
+    if changed:
+        raise UsageError(
+            f"{folder} holds a run of another configuration ({', '.join(changed)} differ): it can be continued "
+            "or exported again as it is; for other values start a new run (another name=)"
+        )
+
+
+def load_student(folder: str | Path, trust: bool = False) -> nn.Module:
+    """The student of a finished run as a plain network: images (N, 3, H, W) in [0, 1] to logits (N, K).
+
+    Args:
+        folder: the run's folder, or a student.safetensors.
+        trust: also build networks of other packages than distill, whose name the file gives.
+
+    Raises:
+        UserError: no student there, a damaged file, or a network that `trust` would have to allow.
+    """
+    path = Path(folder)
+    return rebuild(path / STUDENT if path.is_dir() else path, trust).plain()
+
+
+def rebuild(file: Path, trust: bool = False) -> Network:
+    """`load_student` with its taps, from the file."""
+    from distill import build
+
+    if not file.is_file():
+        raise UserError(
+            f"no {file}: the run's distill stage is not finished; python train.py run={file.parent} goes on"
+        )
+    metadata = read_metadata(file)
+    if "network" not in metadata:
+        raise UserError(f"{file} does not say which network it belongs to: it is not a student that a run saved")
+    described = OmegaConf.create({**json.loads(metadata["network"]), "checkpoint": None})
+    if not trust and not described._target_.startswith("distill.models."):
+        raise UserError(
+            f"{file} is built by {described._target_}, outside of distill.models: "
+            "load_student(..., trust=True) runs it, if you trust the file"
+        )
+    classes, image_size = json.loads(metadata["classes"]), json.loads(metadata["image_size"])
+    network = build.network(described, len(classes), image_size, seed=0)
+    load_weights(network.net, file)
+    return network.eval()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(sys.argv[0]).resolve().parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

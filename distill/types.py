@@ -1,0 +1,28 @@
+"""What flows through the toolkit: a batch of images in, a network's outputs out."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """N images with their labels and where they come from."""
+
+    images: Tensor  # (N, C, H, W) float in [0, 1]
+    labels: Tensor  # (N,) int64 in [0, K)
+    index: Tensor  # (N,) int64, row in the training set; -1: not a row of it
+    view: Tensor  # (N,) int64, which repeatable augmentation of that row this is
+
+
+class Outputs(NamedTuple):
+    """What a network answers to N images."""
+
+    logits: Tensor  # (N, K)
+    features: dict[str, Tensor]  # by tap name: maps (N, C, H, W), tokens (N, T, D) or vectors (N, D)
+
+    def float(self) -> "Outputs":
+        """The same in float32: losses are computed outside of autocast."""
+        return Outputs(self.logits.float(), {name: value.float() for name, value in self.features.items()})
+
+    def detach(self) -> "Outputs":
+        return Outputs(self.logits.detach(), {name: value.detach() for name, value in self.features.items()})

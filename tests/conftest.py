@@ -1,0 +1,54 @@
+"""Shared by the tests: two CPU threads at most, and `train`, which runs the command line in this process."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import cli
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # train.py
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def train():
+    """`train("student=resnet8", ..., cwd=FOLDER)` -> exit code of train.py with these words."""
+    import train as program
+
+    def run(*words: str, cwd: Path) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", ["train.py", *words])
+            patch.setattr(cli, "TRACEBACK", False)
+            try:
+                program.main()
+            except SystemExit as end:
+                return end.code or 0
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def quick() -> list[str]:
+    """Words that make a run of seconds: small made images, tiny networks, two epochs."""
+    return QUICK
+
+
+QUICK = [
+    "data=fake",
+    "data.image_size=16",
+    "data.train_size=120",
+    "data.batch_size=16",
+    "teacher=resnet8",
+    "student=resnet8_tiny",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+]

@@ -1,0 +1,99 @@
+"""The command line answers fast, in one line, with the right exit code, and leaves nothing behind."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK, ROOT
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["student=resnt8"], "no student 'resnt8'; did you mean resnet8?"),
+        (["losses=ce"], "no option 'losses'; did you mean loss?"),
+        (["loss.kd.temprature=2"], "no option 'loss.kd.temprature'; did you mean loss.kd.temperature?"),
+        (["loss=[ce,hint]"], "no loss 'hint'"),
+        (["loss.kd.temperature=cold"], "loss.kd.temperature=cold: expected a number, such as 4.0"),
+        (["data.batch_size=1.5"], "data.batch_size=1.5: expected a whole number, such as 64"),
+        (["baseline=maybe"], "baseline=maybe: expected a true or false"),
+        (["stages=[train]"], "no stage 'train'; there are teacher, distill, compress, export, report"),
+        (["select=first"], "select=first: choose best or last"),
+        (["run=nowhere"], "run=nowhere is not the folder of a run"),
+        (["data=imagefolder"], "data.root must be given"),
+        (["loss=[ce"], "error: "),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_code_2(train, capfd, tmp_path, words, expected):
+    assert train(*words, cwd=tmp_path) == 2
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    assert expected in told.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["student=resnt8"], ["loss.kd.temperature=cold"], ["run=nowhere"]])
+def test_help_and_config_errors_answer_without_importing_torch(tmp_path, words):
+    program = (
+        "import sys, runpy\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, 'pandas' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "False False" in done.stderr
+    assert done.returncode == (0 if words == ["--help"] else 2)
+    if words == ["--help"]:
+        assert "student: " in done.stdout
+        assert "mobilenet" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["student.checkpoint=missing.pt"], "no file missing.pt"),
+        (["student.checkpoint=broken.pt"], "broken.pt is broken"),
+        (["student.checkpoint=empty.safetensors"], "empty.safetensors is empty"),
+        (["data=imagefolder", "data.root=missing"], "missing"),
+        (["loss=[ce,at]", "loss.at.taps=[stage9]"], "loss at, student: no tap or layer 'stage9'"),
+        (["teacher=resnet18", "teacher.weights=DEFAULT"], "checkpoint"),
+        (["optimizer.lr=1e30", "optimizer.weight_decay=0"], "diverged"),
+        (["teacher.fit.epochs=0", "loss.kd.weight=[[3,1],[1,0]]"], "loss.kd.weight"),
+    ],
+)
+def test_bad_input_is_one_line_and_fails(train, capfd, tmp_path, monkeypatch, words, expected):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    (tmp_path / "broken.pt").write_bytes(b"PK\3\4 not a checkpoint")
+    (tmp_path / "empty.safetensors").touch()
+    words = [word for word in QUICK if word.partition("=")[0] not in {w.partition("=")[0] for w in words}] + words
+    if "data=imagefolder" in words:
+        words = [word for word in words if not word.startswith(("data.image_size", "data.train_size"))]
+    assert train(*words, "baseline=false", cwd=tmp_path) in (1, 2)
+    errors = [line for line in capfd.readouterr().err.splitlines() if "Warning" not in line]
+    assert errors[-1].startswith("error: ")
+    assert expected in errors[-1]
+    assert "Traceback" not in "".join(errors)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("student*.safetensors"))
+
+
+def test_a_traceback_comes_when_asked_for(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "stages=[train]"],
+        cwd=tmp_path,
+        env={"HYDRA_FULL_ERROR": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "UsageError" in done.stderr

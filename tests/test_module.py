@@ -1,0 +1,208 @@
+"""The teacher stays as it is; the student, its losses and its average are what trains and is kept."""
+
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from distill import build
+from distill.data.fake import fake
+from distill.errors import UserError
+from distill.losses.at import AT
+from distill.losses.ce import CE
+from distill.losses.fitnet import FitNet
+from distill.losses.kd import KD
+from distill.models.resnet_cifar import resnet
+from distill.module import Distill
+from distill.network import Network
+from distill.teachers import Frozen, content_hash
+
+TAPS = {"stage1": "layer1", "stage2": "layer2", "stage3": "layer3", "pooled": "linear:in"}
+
+
+def network(seed: int, widths=(4, 8, 16)) -> Network:
+    torch.manual_seed(seed)
+    return Network(resnet(8, 5, widths, stem=widths[0]), TAPS, [0.5] * 3, [0.25] * 3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return fake(num_classes=5, train_size=120, image_size=16, batch_size=16, num_workers=0)
+
+
+def distil(data, losses, weights=None, teacher=True, epochs=1, **options) -> Distill:
+    student, taught_by = network(0), Frozen(network(1, (8, 16, 32))) if teacher else None
+    build.connect(student, taught_by, losses, data, seed=0)
+    module = Distill(
+        student,
+        taught_by,
+        losses,
+        weights or dict.fromkeys(losses, 1.0),
+        partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        lambda epoch: 1.0,
+        num_classes=5,
+        **options,
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, data.train_loader(0), data.val_loader())
+    return module
+
+
+def test_the_teacher_gets_no_gradient_and_keeps_its_weights_and_statistics(data):
+    before = content_hash(network(1, (8, 16, 32)).requires_grad_(False))
+    module = distil(data, {"ce": CE(), "kd": KD(), "at": AT(["stage1"]), "fitnet": FitNet()}, epochs=2)
+    teacher = module.teacher.network
+    assert content_hash(teacher) == before == module.teacher.fingerprint
+    assert not teacher.training
+    assert not any(part.training for part in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert module.train().teacher.network.training is False
+
+
+def test_the_teacher_is_in_neither_checkpoint_nor_optimizer_and_moves_along(data):
+    module = distil(data, {"ce": CE(), "kd": KD()})
+    assert [key for key in module.state_dict() if key.startswith("teacher")] == ["teacher._extra_state"]
+    optimized = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in module.student.parameters()}
+    module.double()
+    assert next(module.teacher.network.parameters()).dtype == torch.float64
+
+
+def test_another_teacher_is_refused_at_resume(data):
+    module = distil(data, {"kd": KD()})
+    state = module.state_dict()
+    module.teacher = Frozen(network(7, (8, 16, 32)))
+    with pytest.raises(UserError, match="taught by another teacher"):
+        module.load_state_dict(state)
+
+
+def test_every_student_parameter_and_every_learned_part_of_a_loss_is_trained(data):
+    losses = {"ce": CE(), "fitnet": FitNet()}
+    start = {name: p.clone() for name, p in network(0).named_parameters()}
+    module = distil(data, losses)
+    assert all(not torch.equal(p, start[name]) for name, p in module.student.named_parameters())
+    optimized = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in losses["fitnet"].parameters()} <= optimized
+    assert any(key.startswith("losses.fitnet.project") for key in module.state_dict())
+    assert not any("project" in key for key in module.student.plain().state_dict())
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms_it_logs(data):
+    weights = {"ce": 0.5, "kd": [[0, 0.0], [10, 10.0]]}
+    module = distil(data, {"ce": CE(), "kd": KD()}, weights)
+    logged = {name: module.trainer.callback_metrics[f"train/{name}"].item() for name in ("ce", "kd", "loss")}
+    batch = data.train[torch.arange(8), torch.zeros(8, dtype=torch.int64)]
+    module.eval()
+    student, teacher = module.student(batch.images), module.teacher(batch)
+    total, (ce, kd) = module.total(student, teacher, batch, batch_idx=0)
+    assert module.current_epoch == 1  # one epoch is done
+    assert total.item() == pytest.approx(0.5 * ce.item() + 1.0 * kd.item(), rel=1e-6)
+    assert logged["ce"] > 0
+    assert logged["kd"] > 0
+
+
+def test_losses_lower_themselves(data):
+    for loss in (KD(), AT(["stage1", "stage2", "stage3"]), FitNet()):
+        first = distil(data, {"only": loss}, epochs=1)
+        start = first.trainer.callback_metrics["train/only"].item()
+        last = distil(data, {"only": loss}, epochs=4).trainer.callback_metrics["train/only"].item()
+        assert last < start, type(loss).__name__
+
+
+def test_the_average_is_the_exponential_moving_average_of_the_steps(data):
+    module = distil(data, {"ce": CE()}, teacher=False, ema=0.5)
+    assert module.shipped is module.average.module
+    # replay: plain SGD steps, averaged by hand
+    replay = distil(data, {"ce": CE()}, teacher=False)
+    assert torch.equal(replay.student.net.linear.weight, module.student.net.linear.weight)
+    average, weights = None, []
+
+    class Recording(CE):
+        def forward(self, student, teacher, batch):
+            weights.append(module_box[0].net.linear.weight.detach().clone())
+            return super().forward(student, teacher, batch)
+
+    module_box = []
+    student = network(0)
+    module_box.append(student)
+    losses = {"ce": Recording()}
+    build.connect(student, None, losses, data, seed=0)
+    recorded = Distill(
+        student, None, losses, {"ce": 1.0}, partial(torch.optim.SGD, lr=0.05, momentum=0.9), lambda e: 1.0, 5
+    )
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(recorded, data.train_loader(0), data.val_loader())
+    for step in [*weights[1:], student.net.linear.weight.detach()]:
+        average = step.clone() if average is None else 0.5 * average + 0.5 * step
+    torch.testing.assert_close(module.average.module.net.linear.weight, average)
+    assert not torch.equal(average, student.net.linear.weight)
+
+
+def test_a_diverged_loss_ends_the_run_with_its_name(data):
+    class Broken(CE):
+        def forward(self, student, teacher, batch):
+            return super().forward(student, teacher, batch) * float("nan")
+
+    with pytest.raises(UserError, match=r"diverged in epoch 0 \(broken is not finite\).*optimizer.lr"):
+        distil(data, {"ce": CE(), "broken": Broken()})
+
+
+def test_mismatched_classes_are_told(data):
+    student = Network(resnet(8, 7, (4, 8, 16), stem=4), TAPS, [0.5] * 3, [0.25] * 3)
+    with pytest.raises(UserError, match=r"student answers with \(2, 7\), expected \(images, 5\)"):
+        build.connect(student, None, {"ce": CE()}, data, seed=0)
+    teacher = Frozen(Network(resnet(8, 7, (4, 8, 16), stem=4), TAPS, [0.5] * 3, [0.25] * 3))
+    with pytest.raises(UserError, match=r"teacher answers with \(2, 7\)"):
+        build.connect(network(0), teacher, {"kd": KD()}, data, seed=0)
+
+
+def test_an_unknown_tap_is_told_with_those_that_exist(data):
+    with pytest.raises(UserError, match=r"loss at, student: no tap or layer 'stage9'.*stage1, stage2, stage3, pooled"):
+        build.connect(network(0), Frozen(network(1)), {"at": AT(["stage9"])}, data, seed=0)
+
+
+def test_a_loss_that_needs_a_teacher_says_so_without_one(data):
+    with pytest.raises(UserError, match="loss kd needs a teacher"):
+        build.connect(network(0), None, {"kd": KD()}, data, seed=0)
+
+
+class Doubling(nn.Module):
+    """Not a network of ours: its only layer is called by a path."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_taps_record_outputs_inputs_and_module_paths_and_pool_what_is_pooled():
+    net = Network(Doubling().eval(), {"stage1": "body.0", "pooled": "body.1:in"}, [0.0] * 3, [1.0] * 3)
+    images = torch.rand(2, 3, 4, 4)
+    features = net.keep(["stage1", "pooled", "body.3"])(images).features
+    maps = net.net.body[0](images)
+    torch.testing.assert_close(features["stage1"], maps)
+    torch.testing.assert_close(features["pooled"], maps.mean((2, 3)))
+    assert features["body.3"].shape == (2, 5)
+    assert net.keep([])(images).features == {}
+
+
+def test_the_plain_network_normalises_and_is_a_copy_without_hooks():
+    net = Network(Doubling(), {"stage1": "body.0"}, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]).keep(["stage1"])
+    images = torch.rand(2, 3, 4, 4)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    plain = net.plain()
+    torch.testing.assert_close(plain(images), net.net((images - mean) / std))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    with torch.no_grad():
+        net.net.body[3].bias.add_(1)
+    assert not torch.equal(plain[1].body[3].bias, net.net.body[3].bias)
