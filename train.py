@@ -14,11 +14,10 @@ def main(cfg):
     from distill.evaluate import evaluate
     from distill.progress import say
 
-    with run.open_run(cfg) as job:
+    with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
         data = build.data(cfg.data)
-        loggers = build.loggers(cfg, folder)
 
         teacher = fit.teacher(cfg, data)
         alone = fit.student_alone(cfg, data) if cfg.baseline and job.does("distill", "report") else None

@@ -1,7 +1,9 @@
 """From configuration to objects: the only file, with train.py and fit.py, that reads `cfg`."""
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from distill.checkpoints import load_weights
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.losses.base import Loss
-from distill.models.taps import infer_taps
+from distill.models.taps import infer_taps, out_of_place
 from distill.network import Network
 from distill.progress import say
 from distill.schedules import check_weight
@@ -48,7 +50,7 @@ def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_hea
         if key in accepted:
             arguments[key] = value
     torch.manual_seed(seed)
-    net = instantiate(arguments, _convert_="all")
+    net = out_of_place(instantiate(arguments, _convert_="all"))
     if cfg.checkpoint:
         left = load_weights(net, cfg.checkpoint, new_head=fresh_head)
         if left:
@@ -75,13 +77,22 @@ def reloaders(cfg: DictConfig) -> dict[str, Callable]:
     return {name: get_object(f"{options._target_.rpartition('.')[0]}.reload") for name, options in cfg.items()}
 
 
-def loggers(cfg: DictConfig, folder: Path) -> list:
-    """The loggers besides the CSV files."""
+@contextmanager
+def loggers(cfg: DictConfig, folder: Path) -> Iterator[list]:
+    """The loggers besides the CSV files; closed at the end."""
     plain = OmegaConf.to_container(cfg, resolve=True)
-    return [
-        instantiate(options, folder=folder, name=cfg.name, config=plain, _convert_="all")
-        for options in cfg.logger.values()
-    ]
+    opened = []
+    try:
+        for options in cfg.logger.values():
+            opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=plain))
+        yield opened
+    finally:
+        for logger in opened:
+            (logger.experiment.finish if hasattr(logger.experiment, "finish") else logger.experiment.close)()
+
+
+def _plain(cfg: Mapping) -> dict:
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(dict(cfg))
 
 
 def losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
@@ -89,7 +100,7 @@ def losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
     if not cfg:
         raise UsageError("loss=[]: give at least one loss, e.g. 'loss=[ce,kd]'")
     terms, weights = {}, {}
-    for name, options in OmegaConf.to_container(OmegaConf.create(cfg), resolve=True).items():
+    for name, options in _plain(cfg).items():
         weights[name] = options.pop("weight")
         check_weight(name, weights[name])
         terms[name] = instantiate(options, _convert_="all")

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -76,16 +77,14 @@ def _tell(error: Exception) -> int:
 
 def _hydra_text(text: str) -> str:
     """Hydra's message in one line, with the nearest thing that exists."""
-    if missing := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*(.*)", text, re.S):
-        group, _, choice = missing[1].rpartition("/")
-        choices = missing[3].partition("Config search path")[0].split()
+    if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
+        group, choice = missing.groups()
+        folders = re.findall(r"path=file://(.*)", text)
+        folder = "network" if group in ("teacher", "student") else group
+        choices = sorted({file.stem for path in folders for file in Path(path, folder).glob("*.yaml")})
         return f"no {group} '{choice}'{config.nearest(choice, choices)} There are: {', '.join(choices)}"
     if missing := re.search(r"Could not (?:override|append.*?to) '([^']+)'", text):
-        return (
-            f"no option '{missing[1]}'{config.nearest(missing[1], _known_keys())} (python train.py --help lists them)"
-        )
-    if missing := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{missing[1]} must be given, e.g. {missing[1]}=VALUE"
+        return f"no option '{missing[1]}'{config.nearest(missing[1], _known_keys())} python train.py --help lists them"
     return text.partition("\nSee https")[0]
 
 

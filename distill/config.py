@@ -52,6 +52,10 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
     """
     from hydra import compose
 
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        key = sorted(missing)[0]
+        raise UsageError(f"{key} must be given: {key}=VALUE")
     unknown = [stage for stage in cfg.stages if stage not in STAGES]
     if unknown:
         raise UsageError(f"stages={list(cfg.stages)}: no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
@@ -92,6 +96,6 @@ def keys(cfg, prefix: str = "") -> list[str]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """', did you mean X?' where something known is near, else ''."""
+    """'; did you mean X?' where something known is near, else '.'."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."

@@ -8,13 +8,13 @@ from distill.errors import UserError
 INIT_TIMEOUT = 10  # seconds a login may take before the run goes on offline
 
 
-def wandb(folder: Path, name: str, config: dict, project: str = "distill"):
+def wandb(folder: Path, name: str, cfg: dict, project: str = "distill"):
     """A WandbLogger that never asks and never waits: offline unless there is a key and the server answers."""
     import wandb as w
     from pytorch_lightning.loggers import WandbLogger
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if w.setup().settings.api_key or w.api.api_key else "offline")
-    options = {"dir": folder, "name": name, "project": project, "config": config}
+    mode = os.environ.get("WANDB_MODE") or ("online" if w.login(prompt=False, verify=False) else "offline")
+    options = {"dir": folder, "name": name, "project": project, "config": cfg, "reinit": "create_new"}
     settings = {"silent": True, "init_timeout": INIT_TIMEOUT}
     try:
         experiment = w.init(mode=mode, settings=w.Settings(**settings), **options)
@@ -25,7 +25,7 @@ def wandb(folder: Path, name: str, config: dict, project: str = "distill"):
     return WandbLogger(experiment=experiment)
 
 
-def tensorboard(folder: Path, name: str, config: dict):
+def tensorboard(folder: Path, name: str, cfg: dict):
     """A TensorBoardLogger in the run's folder."""
     from pytorch_lightning.loggers import TensorBoardLogger
 

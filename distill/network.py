@@ -4,12 +4,17 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.models.taps import head_path
 from distill.types import Outputs
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU)
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
 class Normalize(nn.Module):
@@ -29,11 +34,18 @@ class Network(nn.Module):
 
     Args:
         net: images (N, C, H, W), normalised, to logits (N, K).
-        taps: {name: module path in `net`}; "path" taps the module's output, "path:in" its first input.
-            "pooled" is always a vector (N, D): a map there is averaged over its space.
+        taps: {name: path of a module in `net`}; "path:in" is the module's first input instead of its output.
         mean, std: the input statistics `net` expects, per channel, of images in [0, 1].
 
-    Only the taps named by `keep` are recorded; any module path of `net` serves as a name too.
+    What `keep` names is recorded, and nothing else. A name is a tap, "head" (the classifier), or any module path:
+
+        stage1               the module's output
+        stage1:in            its first input
+        stage1:pre           its output before its last activation, where it ends in one
+        stage1:norm.weight   a tensor of its last normalisation layer
+        head:weight          any tensor that the module holds: recorded as it is, not per image
+
+    "pooled" is always a vector (N, D): a map there is averaged over its space.
     """
 
     def __init__(self, net: nn.Module, taps: Mapping[str, str], mean: Sequence[float], std: Sequence[float]):
@@ -42,37 +54,62 @@ class Network(nn.Module):
         self.net = net
         self.taps = dict(taps)
         self._features: dict[str, Tensor] = {}
+        self._tensors: dict[str, str] = {}  # names of recorded parameters and buffers, and where they are
         self._hooks: list = []
 
     def keep(self, names: Iterable[str]) -> "Network":
-        """Record exactly these taps from now on.
+        """Record exactly these from now on.
 
         Raises:
-            UserError: a name is neither a tap nor a module path of the network.
+            UserError: a name is neither a tap nor something of the network.
         """
         for hook in self._hooks:
             hook.remove()
-        modules = dict(self.net.named_modules())
-        self._hooks = []
+        self._hooks, self._tensors = [], {}
         for name in dict.fromkeys(names):
-            path, _, side = self.taps.get(name, name).partition(":")
-            if path not in modules or not path or side not in ("", "in"):
-                nearby = [known for known in modules if known and known.count(".") == path.count(".")]
-                raise UserError(
-                    f"no tap or layer '{name}' in {type(self.net).__name__}: its taps are "
-                    f"{', '.join(self.taps) or 'none'}; its layers include {', '.join(nearby[:12]) or 'none'}"
-                )
-            if side == "in":
-                hook = modules[path].register_forward_pre_hook(partial(_record_input, self._features, name))
-            else:
-                hook = modules[path].register_forward_hook(partial(_record_output, self._features, name))
-            self._hooks.append(hook)
+            self._record(name)
         return self
+
+    def _record(self, name: str) -> None:
+        base, _, part = name.partition(":")
+        known = {"head": head_path(self.net), **self.taps} if base == "head" else self.taps
+        path, _, side = known.get(base, base).partition(":")
+        part, features = part or side, self._features
+        module = dict(self.net.named_modules()).get(path)
+        if module is None or not path:
+            raise self._unknown(name)
+        if part == "":
+            self._hooks.append(module.register_forward_hook(partial(_record_output, features, name)))
+        elif part == "in":
+            self._hooks.append(module.register_forward_pre_hook(partial(_record_input, features, name)))
+        elif part == "pre":
+            last: dict[str, tuple[Tensor, Tensor]] = {}  # input and output of the activation called last
+            for layer in module.modules():
+                if isinstance(layer, ACTIVATIONS):
+                    self._hooks.append(layer.register_forward_hook(partial(_remember, last)))
+            self._hooks.append(module.register_forward_hook(partial(_record_before, last, features, name)))
+        else:
+            first, _, rest = part.partition(".")
+            if first == "norm":
+                norms = [found for found, layer in module.named_modules() if isinstance(layer, NORMS)]
+                part = f"{norms[-1]}.{rest}".lstrip(".") if norms else part
+            try:
+                attrgetter(f"{path}.{part}")(self.net)
+            except AttributeError:
+                raise self._unknown(name) from None
+            self._tensors[name] = f"{path}.{part}"
+
+    def _unknown(self, name: str) -> UserError:
+        layers = [path for path, _ in self.net.named_modules() if path and path.count(".") <= name.count(".")]
+        return UserError(
+            f"no tap or layer '{name}' in {type(self.net).__name__}: its taps are "
+            f"{', '.join(self.taps) or 'none'}; its layers include {', '.join(layers[:12]) or 'none'}"
+        )
 
     def forward(self, images: Tensor) -> Outputs:
         self._features.clear()
         logits = self.net(self.normalize(images))
-        features = dict(self._features)
+        features = {name: attrgetter(path)(self.net) for name, path in self._tensors.items()} | self._features
         self._features.clear()  # or the last batch's graph would stay alive
         if features.get("pooled") is not None and features["pooled"].dim() == 4:
             features["pooled"] = features["pooled"].mean((2, 3))
@@ -98,3 +135,12 @@ def _record_input(features: dict[str, Tensor], name: str, module: nn.Module, inp
 
 def _record_output(features: dict[str, Tensor], name: str, module: nn.Module, inputs, output) -> None:
     features[name] = _first_tensor(output)
+
+
+def _remember(last: dict, module: nn.Module, inputs, output) -> None:
+    last["call"] = (_first_tensor(inputs), output)
+
+
+def _record_before(last: dict, features: dict[str, Tensor], name: str, module: nn.Module, inputs, output) -> None:
+    before, after = last.pop("call", (None, None))
+    features[name] = before if after is output else _first_tensor(output)

@@ -107,6 +107,18 @@ def write(rows: list[Row], folder: Path, context: Mapping) -> None:
     write_file(folder / "report.png", _plot(rows))
 
 
+def log(logger, rows: list[Row], folder: Path) -> None:
+    """Sends the figures and the plot that `write` made to a Lightning logger."""
+    figures = {f"report/{row.name}/{key}": value for row in rows for key, value in asdict(row).items() if key != "name"}
+    logger.log_metrics({key: value for key, value in figures.items() if value is not None})
+    if hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image("report", [str(folder / "report.png")])
+    else:  # TensorBoard
+        from matplotlib.pyplot import imread
+
+        logger.experiment.add_image("report", imread(folder / "report.png"), dataformats="HWC")
+
+
 def table(rows: list[Row]) -> str:
     """The rows as plain text of at most 120 columns, with or without a terminal; long names are folded."""
     from rich import box

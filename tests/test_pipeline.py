@@ -1,0 +1,178 @@
+"""The main job, end to end, as a user runs it."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import QUICK
+from omegaconf import OmegaConf
+
+import distill
+from distill import runs
+from distill.data.digits import digits
+from distill.errors import UserError
+from distill.export.torchscript import read_metadata
+
+
+@pytest.fixture(scope="module")
+def folder(train, tmp_path_factory):
+    """A run on the digits, short but long enough to learn."""
+    cwd = tmp_path_factory.mktemp("pipeline")
+    words = ["teacher=resnet8", "student=resnet8_tiny", "trainer.max_epochs=8", "trainer.accelerator=cpu"]
+    assert train(*words, "name=digits", cwd=cwd) == 0
+    return cwd / "outputs" / "digits"
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return {row["name"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
+
+
+def test_the_folder_holds_what_continues_exports_and_analyses_the_run(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "run.json", "metrics", "checkpoints", "student.safetensors"} <= names
+    assert {"student_last.safetensors", "export", "report.json", "report.md", "report.png"} <= names
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["seed"] == 0
+    assert "student=resnet8_tiny" in record["overrides"]
+    assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_report_has_a_row_for_every_network_and_every_file(rows):
+    assert list(rows) == [
+        "teacher",
+        "student alone",
+        "student",
+        "student (last epoch)",
+        "student-dynamic_int8.pt",
+        "student-dynamic_int8.ptl",
+        "student.pt",
+        "student.ptl",
+    ]
+    for row in rows.values():
+        assert 0 < row["latency_ms"] <= row["latency_p95_ms"]
+        assert row["bytes"] > 0
+        assert 0 <= row["ece"] <= 1
+    assert rows["teacher"]["teacher_agreement"] == 1
+    assert rows["student.pt"]["int8_share"] == 0
+    assert rows["student-dynamic_int8.pt"]["int8_share"] > 0.9
+    assert rows["student-dynamic_int8.pt"]["macs"] == rows["student"]["macs"] < rows["teacher"]["macs"]
+
+
+def test_everything_learned(rows):
+    assert rows["teacher"]["top1"] > 0.9
+    assert rows["student alone"]["top1"] > 0.4
+    assert rows["student"]["top1"] > 0.5
+
+
+def test_the_figures_are_those_of_the_files(folder, rows):
+    data = digits(batch_size=64, num_workers=0)
+    images = data.test[torch.arange(len(data.test)), torch.zeros(len(data.test), dtype=torch.int64)]
+    for name in ("student.pt", "student-dynamic_int8.pt"):
+        path = folder / "export" / name
+        with torch.no_grad():
+            answers = torch.jit.load(str(path))(images.images)
+        correct = (answers.argmax(1) == images.labels).float().mean().item()
+        assert rows[name]["top1"] == pytest.approx(correct, abs=0.005 if "int8" in name else 1e-6)
+        assert rows[name]["bytes"] == path.stat().st_size
+        assert read_metadata(path)["classes"] == data.classes
+    student = distill.load_student(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            student(images.images),
+            torch.jit.load(str(folder / "export/student.pt"))(images.images),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+
+
+def test_the_learning_rate_followed_the_schedule(folder):
+    curves = runs.curves(folder)
+    assert curves["epoch"].tolist() == list(range(1, 9))
+    expected = [0.05 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 8)).item()) for epoch in range(1, 9)]
+    assert curves["lr"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert curves["train/loss"].iloc[-1] < curves["train/loss"].iloc[0]
+    assert {"train/ce", "train/kd", "val/accuracy", "val/top5", "val/ece", "val/agreement"} <= set(curves)
+
+
+def test_later_stages_again_on_a_finished_run(train, folder, capfd):
+    before = {name: (folder / name).stat().st_mtime_ns for name in ("student.safetensors", "report.json")}
+    export = folder / "export" / "student.pt"
+    export.unlink()
+    assert train(f"run={folder}", "stages=[export,report]", cwd=folder.parent.parent) == 0
+    assert export.is_file()
+    assert (folder / "student.safetensors").stat().st_mtime_ns == before["student.safetensors"]
+    assert (folder / "report.json").stat().st_mtime_ns > before["report.json"]
+    assert "distill:" not in capfd.readouterr().out
+
+
+def test_another_compression_on_a_finished_run(train, folder, capfd):
+    copy = folder.with_name("plain-int8")
+    shutil.copytree(folder, copy)
+    words = [f"run={copy}", "stages=[compress,export,report]", "compress.dynamic_int8.conv=float"]
+    assert train(*words, cwd=folder.parent.parent) == 0
+    told = capfd.readouterr().out
+    assert "warning: dynamic int8 reached only 3% of the weights" in told
+    assert "compress.dynamic_int8.conv=weight_only" in told
+
+
+def test_a_finished_run_is_not_continued_with_another_configuration(train, folder, capfd):
+    assert train(f"run={folder}", "loss.kd.temperature=2", cwd=folder.parent.parent) == 2
+    assert "another configuration (loss differ" in capfd.readouterr().err
+    assert OmegaConf.load(folder / "config.yaml").loss.kd.temperature == 4
+
+
+def test_a_file_that_is_not_its_source_fails_the_run_and_stays(train, folder, capfd):
+    copy = folder.with_name("altered")
+    shutil.copytree(folder, copy)
+    exported = copy / "export" / "student.ptl"
+    other = torch.jit.load(str(folder / "export" / "student-dynamic_int8.pt"))
+    other._save_for_lite_interpreter(str(exported))
+    assert train(f"run={copy}", "stages=[report]", cwd=folder.parent.parent) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: student.ptl: logits differ by up to ")
+    assert exported.is_file()
+    assert json.loads((copy / "run.json").read_text())["status"] == "failed"
+    assert "student.ptl" in (copy / "report.md").read_text()
+
+
+def test_load_student_refuses_what_it_would_have_to_trust(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(UserError, match="distill stage is not finished"):
+        distill.load_student(tmp_path)
+    state = load_file(folder / "student.safetensors")
+    save_file(state, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="does not say which network"):
+        distill.load_student(tmp_path / "bare.safetensors")
+    meta = {"network": json.dumps({"_target_": "os.system", "taps": {}, "mean": [0], "std": [1]})}
+    save_file(state, tmp_path / "evil.safetensors", meta)
+    with pytest.raises(UserError, match=r"built by os.system, outside of distill.models"):
+        distill.load_student(tmp_path / "evil.safetensors")
+
+
+def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd):
+    words = ["-m", *QUICK, "trainer.max_epochs=1", "student=resnet8_tiny,resnet8", "loss.kd.temperature=2,-1e39"]
+    words = [word for word in words if word not in ("student=resnet8_tiny", "trainer.max_epochs=2")]
+    code = train(*words, cwd=tmp_path)
+    told = capfd.readouterr()
+    table = runs.summary(tmp_path / "outputs" / "sweeps")
+    assert len(table) == 4
+    assert table["run"].tolist() == ["0", "1", "2", "3"]
+    assert sorted(table["student"]) == ["resnet8", "resnet8", "resnet8_tiny", "resnet8_tiny"]
+    done = table[table["status"] == "done"]
+    assert len(done) == 2  # the other temperature diverges
+    assert code == 1
+    assert "4 runs in outputs/sweeps" in told.out
+    assert told.err.count("error: the loss diverged") == 2
+    assert (done["gain"] - (done["student top-1"] - done["student alone top-1"])).abs().max() < 1e-9
+    # the teacher was fitted once for all of them
+    assert told.out.count("teacher: fitting") == 1
+    assert len(list((tmp_path / "outputs" / "fits").glob("teacher-*"))) == 1
+    models = runs.models(tmp_path / "outputs")
+    assert isinstance(models, pd.DataFrame)
+    assert set(models["name"]) >= {"teacher", "student alone", "student", "student.pt", "student-dynamic_int8.ptl"}
