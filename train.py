@@ -47,7 +47,11 @@ def main(cfg):
 
         if job.does("report"):
             say("report: every network and every reloaded file answers the test images, once")
-            networks = {"teacher": teacher.network, "student alone": alone, "student": student}
+            networks = {
+                "teacher": teacher.network if teacher.fixed else None,
+                "student alone": alone,
+                "student": student,
+            }
             networks["student (last epoch)"] = job.student(run.STUDENT_LAST)
             rows, unlike = evaluate(networks, {name: (nets[name], files[name]) for name in nets}, data, cfg.tolerance)
             failures += unlike

@@ -119,8 +119,11 @@ def connect(student: Network, teacher: nn.Module | None, terms: Mapping[str, Los
     rows = torch.arange(2) % len(data.train)
     batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
     student_outputs = _dry_run(student, batch, "student", data)
-    teacher_outputs = None if teacher is None else teacher(batch)
+    teacher_outputs = None
     if teacher is not None:
+        with torch.no_grad():
+            teacher_outputs = teacher.eval()(batch)
+        teacher.train()
         _check_logits(teacher_outputs.logits, "teacher", data)
     for name, loss in terms.items():
         if loss.needs_teacher and teacher is None:

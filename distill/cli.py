@@ -80,8 +80,10 @@ def _hydra_text(text: str) -> str:
     if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, choice = missing.groups()
         folders = re.findall(r"path=file://(.*)", text)
-        folder = "network" if group in ("teacher", "student") else group
-        choices = sorted({file.stem for path in folders for file in Path(path, folder).glob("*.yaml")})
+        places = [group, "network"] if group in ("teacher", "student") else [group]
+        choices = sorted(
+            {file.stem for path in folders for place in places for file in Path(path, place).glob("*.yaml")}
+        )
         return f"no {group} '{choice}'{config.nearest(choice, choices)} There are: {', '.join(choices)}"
     if missing := re.search(r"Could not (?:override|append.*?to) '([^']+)'", text):
         return f"no option '{missing[1]}'{config.nearest(missing[1], _known_keys())} python train.py --help lists them"

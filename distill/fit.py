@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
@@ -25,13 +25,13 @@ from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position,
 from distill.module import Distill
 from distill.network import Network
 from distill.progress import Lines, say
-from distill.teachers import Frozen, content_hash
+from distill.teachers import Ema, Ensemble, Frozen, Peer, Teacher, content_hash
 
 
 def fit(
     cfg: DictConfig,
     network: Network,
-    teacher: Frozen | None,
+    teacher: Teacher | None,
     losses: Mapping,
     data: Data,
     folder: Path,
@@ -98,31 +98,45 @@ def fit(
     return chosen
 
 
-def teacher(cfg: DictConfig, data: Data) -> Frozen:
-    """The teacher with its weights: given, fitted before, or fitted now.
+def teacher(cfg: DictConfig, data: Data) -> Teacher:
+    """The teacher that conf/teacher or a network's name describes, with weights where it does not learn along."""
+    kind = get_object(cfg.teacher._target_)
+    if kind is Ensemble:
+        members = [_trained(cfg, f"teacher {name}", member, data) for name, member in cfg.teacher.members.items()]
+        return Ensemble(members, cfg.teacher.weights)
+    if kind is Peer:
+        peer = build.network(cfg.teacher.network, data.num_classes, data.image_size, cfg.seed + 2)
+        return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight)
+    if kind is Ema:
+        return Ema(build.network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
+    return Frozen(_trained(cfg, "teacher", cfg.teacher, data))
 
-    teacher.fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
+
+def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data) -> Network:
+    """A teacher's network with its weights: given, fitted before, or fitted now.
+
+    fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
     N fine-tunes what there is; 0 takes it as it is.
     """
-    given = cfg.teacher.checkpoint or (_pretrained(cfg.teacher) and data.num_classes == 1000)
-    epochs = cfg.teacher.fit.epochs
+    given = described.checkpoint or (_pretrained(described) and data.num_classes == 1000)
+    epochs = described.fit.epochs
     if epochs is None:
         epochs = 0 if given else cfg.trainer.max_epochs
-    network = build.network(cfg.teacher, data.num_classes, data.image_size, cfg.seed, fresh_head=epochs > 0)
+    network = build.network(described, data.num_classes, data.image_size, cfg.seed, fresh_head=epochs > 0)
     if epochs > 0:
-        network = _fit_once(cfg, "teacher", network, {"ce": _ce(cfg)}, data, epochs, cfg.teacher.fit.lr)
-    else:
-        say(f"teacher: {type(network.net).__name__} as given ({cfg.teacher.checkpoint or 'its own weights'})")
-    return Frozen(network)
+        return _fit_once(cfg, name, described, network, {"ce": _ce(cfg)}, data, epochs, described.fit.lr)
+    say(f"{name}: {type(network.net).__name__} as given ({described.checkpoint or 'its own weights'})")
+    return network
 
 
 def student_alone(cfg: DictConfig, data: Data) -> Network:
     """The student trained on the labels alone with the same budget: what distillation is measured against."""
     network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    return _fit_once(cfg, "student", network, {"ce": _ce(cfg)}, data, cfg.trainer.max_epochs, cfg.optimizer.lr)
+    epochs, lr = cfg.trainer.max_epochs, cfg.optimizer.lr
+    return _fit_once(cfg, "student alone", cfg.student, network, {"ce": _ce(cfg)}, data, epochs, lr)
 
 
-def distil(cfg: DictConfig, taught_by: Frozen, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
+def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
     """The student taught by the teacher under the losses of `cfg`, and its best and last epoch (see `fit`)."""
     network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
     epochs = cfg.trainer.max_epochs
@@ -140,12 +154,14 @@ def _ce(cfg: DictConfig) -> dict:
     return {**plain, "weight": 1.0}
 
 
-def _fit_once(cfg: DictConfig, role: str, network: Network, losses, data: Data, epochs: int, lr: float) -> Network:
+def _fit_once(
+    cfg: DictConfig, name: str, described, network: Network, losses, data: Data, epochs: int, lr: float
+) -> Network:
     """`network` fitted on the labels; once for its configuration, initial weights, data and budget.
 
     The weights lie in cfg.store under the hash of all that decides them, so that runs and sweeps share them.
     """
-    described = _plain(cfg[role])
+    described = _plain(described)
     decides = {
         "network": {key: value for key, value in described.items() if key not in ("checkpoint", "fit")},
         "weights": content_hash(network),
@@ -158,10 +174,9 @@ def _fit_once(cfg: DictConfig, role: str, network: Network, losses, data: Data, 
     decides["optimizer"]["lr"] = lr
     decides["trainer"].pop("max_epochs")
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cfg.store) / f"{role}-{key}"
+    folder = Path(cfg.store) / f"{'student' if name == 'student alone' else 'teacher'}-{key}"
     weights = folder / "weights.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    name = "teacher" if role == "teacher" else "student alone"
     child = int(os.environ.get("LOCAL_RANK", 0)) > 0  # of a distributed run: its rank 0 holds the lock
     with contextlib.nullcontext() if child else FileLock(folder / "lock"):
         if weights.exists():
@@ -194,6 +209,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in (
         ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",  # a moving average that teaches
         ".*dataloader is not resumable.*",
         ".*smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",

@@ -13,6 +13,7 @@ from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.network import Network
 from distill.schedules import weight_at
+from distill.teachers import Teacher
 from distill.types import Batch, Outputs
 
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
@@ -23,7 +24,7 @@ class Distill(pl.LightningModule):
 
     Args:
         student: the network to train.
-        teacher: `Batch -> Outputs` (see distill.teachers); None: the losses do without.
+        teacher: see distill.teachers; None: the losses do without. One that learns adds the term "teacher".
         losses: terms by the name they are logged under, already built.
         weights: a number or [[epoch, value], …] for each.
         optimizer: parameters to optimizer.
@@ -36,7 +37,7 @@ class Distill(pl.LightningModule):
     def __init__(
         self,
         student: Network,
-        teacher: nn.Module | None,
+        teacher: Teacher | None,
         losses: Mapping[str, Loss],
         weights: Mapping[str, float | list],
         optimizer: Callable,
@@ -57,8 +58,9 @@ class Distill(pl.LightningModule):
         if ema is not None:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
             self.average.requires_grad_(False)
+        self.terms = [*losses, "teacher"] if teacher is not None and teacher.learns else [*losses]
         # running sums of the epoch: each term, the total, and the number of steps; a resume continues them
-        self.register_buffer("sums", torch.zeros(len(losses) + 2))
+        self.register_buffer("sums", torch.zeros(len(self.terms) + 2))
         self.metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
@@ -76,7 +78,8 @@ class Distill(pl.LightningModule):
         return self.student if self.average is None else self.average.module
 
     def configure_optimizers(self):
-        learned = [p for part in (self.student, self.losses) for p in part.parameters() if p.requires_grad]
+        parts = [part for part in (self.student, self.losses, self.teacher) if part is not None]
+        learned = [p for part in parts for p in part.parameters() if p.requires_grad]
         optimizer = self.optimizer(learned)
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step * epochs / steps))
@@ -100,19 +103,25 @@ class Distill(pl.LightningModule):
         epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
         with torch.autocast(batch.images.device.type, enabled=False):
             student, teacher = student.float(), teacher and teacher.float()
-            terms = [loss(student, teacher, batch) for loss in self.losses.values()]
+            seen = teacher and teacher.detach()
+            terms = [loss(student, seen, batch) for loss in self.losses.values()]
             weights = [weight_at(self.weights[name], epoch) for name in self.losses]
+            if self.teacher is not None and self.teacher.learns:
+                terms.append(self.teacher.loss(student.detach(), teacher, batch))
+                weights.append(1.0)
             return sum(weight * term for weight, term in zip(weights, terms, strict=True)), terms
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.student)
+        if self.teacher is not None:
+            self.teacher.after_step(self.student)
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
         last = batch_idx + 1 == self.trainer.num_training_batches
         if (batch_idx % CHECK_EVERY == 0 or last) and not torch.isfinite(self.sums).all():
-            culprits = [name for name, value in zip(self.losses, self.sums, strict=False) if not value.isfinite()]
+            culprits = [name for name, value in zip(self.terms, self.sums, strict=False) if not value.isfinite()]
             raise UserError(
                 f"the loss diverged in epoch {self.current_epoch} ({', '.join(culprits) or 'total'} is not finite): "
                 "lower optimizer.lr, set trainer.gradient_clip_val=1, or lower the weight of that loss"
@@ -120,7 +129,7 @@ class Distill(pl.LightningModule):
 
     def means(self) -> dict[str, Tensor]:
         """The epoch's mean of each term, unweighted, and of the total ("loss"), so far."""
-        return dict(zip([*self.losses, "loss"], self.sums[:-1] / self.sums[-1], strict=True))
+        return dict(zip([*self.terms, "loss"], self.sums[:-1] / self.sums[-1], strict=True))
 
     def on_train_epoch_end(self) -> None:
         self.log_dict({f"train/{name}": mean for name, mean in self.means().items()}, sync_dist=True)
@@ -130,7 +139,7 @@ class Distill(pl.LightningModule):
         logits = self.shipped(batch.images).logits.float()
         self.metrics.update(logits, batch.labels)
         if self.teacher is not None:
-            if batch_idx not in self._teacher_answers:
+            if batch_idx not in self._teacher_answers or not self.teacher.fixed:
                 self._teacher_answers[batch_idx] = self.teacher(batch).logits.argmax(1)
             self.agreement.update(logits, self._teacher_answers[batch_idx])
 

@@ -37,7 +37,8 @@ class Network(nn.Module):
         taps: {name: path of a module in `net`}; "path:in" is the module's first input instead of its output.
         mean, std: the input statistics `net` expects, per channel, of images in [0, 1].
 
-    What `keep` names is recorded, and nothing else. A name is a tap, "head" (the classifier), or any module path:
+    What `keep` names is recorded, and nothing else. A name is a tap, "last" (its last stage), "head" (the
+    classifier), or any module path:
 
         stage1               the module's output
         stage1:in            its first input
@@ -72,8 +73,7 @@ class Network(nn.Module):
 
     def _record(self, name: str) -> None:
         base, _, part = name.partition(":")
-        known = {"head": head_path(self.net), **self.taps} if base == "head" else self.taps
-        path, _, side = known.get(base, base).partition(":")
+        path, _, side = self._path(base).partition(":")
         part, features = part or side, self._features
         module = dict(self.net.named_modules()).get(path)
         if module is None or not path:
@@ -94,10 +94,18 @@ class Network(nn.Module):
                 norms = [found for found, layer in module.named_modules() if isinstance(layer, NORMS)]
                 part = f"{norms[-1]}.{rest}".lstrip(".") if norms else part
             try:
-                attrgetter(f"{path}.{part}")(self.net)
+                found = attrgetter(f"{path}.{part}")(self.net)
             except AttributeError:
                 raise self._unknown(name) from None
+            if not isinstance(found, Tensor):  # a layer without a bias
+                raise self._unknown(name)
             self._tensors[name] = f"{path}.{part}"
+
+    def _path(self, base: str) -> str:
+        if base == "head":
+            return head_path(self.net)
+        stages = sorted(tap for tap in self.taps if tap.startswith("stage"))
+        return self.taps.get(stages[-1] if base == "last" and stages else base, base)
 
     def _unknown(self, name: str) -> UserError:
         layers = [path for path, _ in self.net.named_modules() if path and path.count(".") <= name.count(".")]

@@ -36,6 +36,7 @@ FREE = (
     "baseline",
 )
 STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
+OURS = "distill.models."  # what a student's file may name without being trusted
 STARTING_POINT = ("checkpoint", "weights", "pretrained")  # what training began with is not needed any more
 
 
@@ -178,15 +179,24 @@ def rebuild(file: Path, trust: bool = False) -> Network:
     if "network" not in metadata:
         raise UserError(f"{file} does not say which network it belongs to: it is not a student that a run saved")
     described = OmegaConf.create({**json.loads(metadata["network"]), "checkpoint": None})
-    if not trust and not described._target_.startswith("distill.models."):
+    foreign = [target for target in _targets(json.loads(metadata["network"])) if not target.startswith(OURS)]
+    if foreign and not trust:
         raise UserError(
-            f"{file} is built by {described._target_}, outside of distill.models: "
-            "load_student(..., trust=True) runs it, if you trust the file"
+            f"{file} is built by {foreign[0]}, outside of {OURS}*: load_student(..., trust=True) runs it, "
+            "if you trust the file"
         )
     classes, image_size = json.loads(metadata["classes"]), json.loads(metadata["image_size"])
     network = build.network(described, len(classes), image_size, seed=0)
     load_weights(network.net, file)
     return network.eval()
+
+
+def _targets(node) -> list[str]:
+    """Every `_target_` of a configuration, at any depth: all of them would be called."""
+    if isinstance(node, dict):
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [target for child in node.values() for target in _targets(child)]
+    return [target for child in node for target in _targets(child)] if isinstance(node, list) else []
 
 
 def _versions() -> dict[str, str]:

@@ -1,11 +1,16 @@
-"""Who teaches. A teacher answers to a batch; `Frozen` is one trained network."""
+"""Who teaches. A teacher answers to a batch: `Frozen` is one trained network, `Ensemble` several, `Peer` a second
+student that learns along, `Ema` the student's own past."""
 
+import copy
 import hashlib
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distill.errors import UserError
+from distill.losses.kd import kd
 from distill.network import Network
 from distill.types import Batch, Outputs
 
@@ -19,7 +24,22 @@ def content_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Frozen(nn.Module):
+class Teacher(nn.Module):
+    """Answers to a batch: `forward(batch) -> Outputs`. What the losses see of it is detached."""
+
+    network: nn.Module  # whose taps the losses choose: `keep(names)`, `images -> Outputs`
+    fixed: bool = True  # it answers the same at every time of a run
+    learns: bool = False  # its parameters are trained along with the student's, by `loss`
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """What a teacher that learns is trained by: its outputs with gradient, the student's without."""
+        raise NotImplementedError
+
+    def after_step(self, student: Network) -> None:
+        """Called after every step of the optimizer."""
+
+
+class Frozen(Teacher):
     """A trained network that only answers: eval mode, no gradients, nothing of it in the checkpoint but its hash.
 
     The network is kept out of the module tree, so no optimizer, gradient hook, `train()` or checkpoint reaches
@@ -53,3 +73,138 @@ class Frozen(nn.Module):
                 f"this run was taught by another teacher (its content hash is {fingerprint[:12]}, the present "
                 f"one's {self.fingerprint[:12]}): give the same teacher again or start a new run"
             )
+
+
+class Committee(nn.Module):
+    """Several networks as one: images to the weighted mean of their logits and the features of the first.
+
+    Each member normalises the images for itself. Logits are averaged, not probabilities: softmax(mean(z) / T) is the
+    normalised geometric mean of the members' softened predictions (Hinton et al. 2015, §1 names it beside the
+    arithmetic one) at every temperature T, which a loss chooses later, and losses on raw logits keep their scale.
+
+    Args:
+        members: networks or plain nets, answering with equally many logits.
+        weights: one a member, positive; None: all equal. They are divided by their sum.
+
+    Raises:
+        UserError: no members, weights that don't fit, members of different classes.
+    """
+
+    def __init__(self, members: Iterable[nn.Module], weights: Sequence[float] | None = None):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        weights = [1.0] * len(self.members) if weights is None else list(weights)
+        if not weights or len(weights) != len(self.members) or min(weights) <= 0:
+            raise UserError(
+                f"teacher.weights={weights}: expected one positive number for each of the {len(self.members)} members"
+            )
+        self.register_buffer("weights", torch.tensor(weights) / sum(weights))
+
+    def keep(self, names: Iterable[str]) -> "Committee":
+        self.members[0].keep(names)
+        return self
+
+    def forward(self, images: Tensor) -> Outputs:
+        answers = [member(images) for member in self.members]
+        return Outputs(self.mean([answer.logits for answer in answers]), answers[0].features)
+
+    def mean(self, logits: Sequence[Tensor]) -> Tensor:
+        shapes = [tuple(each.shape) for each in logits]
+        if len(set(shapes)) > 1:
+            raise UserError(f"the members of teacher=ensemble answer with different shapes: {shapes}")
+        return torch.einsum("m,mnk->nk", self.weights.to(logits[0].dtype), torch.stack(list(logits)))
+
+    def plain(self) -> "PlainCommittee":
+        """A copy without taps, in eval mode on the CPU: images in [0, 1] to logits."""
+        return PlainCommittee([member.plain() for member in self.members], self.weights.tolist()).eval()
+
+
+class PlainCommittee(Committee):
+    """Images to the weighted mean of the members' logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.mean([member(images) for member in self.members])
+
+
+class Ensemble(Frozen):
+    """Several trained networks, of any kinds and input statistics, as one frozen `Committee`.
+
+    Args:
+        networks, weights: see `Committee`. Losses tap the first network.
+    """
+
+    def __init__(self, networks: Iterable[Network], weights: Sequence[float] | None = None):
+        super().__init__(Committee(networks, weights))
+
+
+class Peer(Teacher):
+    """Mutual learning: Zhang, Xiang, Hospedales & Lu, "Deep Mutual Learning", CVPR 2018, eq. 4–8.
+
+        L_peer = CE(z_p, y) + w · T² KL(softmax(z_s / T) ‖ softmax(z_p / T)),   T = w = 1
+
+    and the student's side is 'loss=[ce,kd]' loss.kd.temperature=1. Each takes the other's answer as a constant. Both
+    step at once from the same batch, in one optimizer, where the paper lets them take turns. The student ships; the
+    peer is in the checkpoint.
+
+    Args:
+        network: the second student.
+        temperature, weight: T, w.
+    """
+
+    fixed, learns = False, True
+
+    def __init__(self, network: Network, temperature: float = 1.0, weight: float = 1.0):
+        super().__init__()
+        self.network = network
+        self.temperature, self.weight = temperature, weight
+
+    def forward(self, batch: Batch) -> Outputs:
+        return self.network(batch.images)
+
+    def loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        own = F.cross_entropy(teacher.logits, batch.labels)
+        return own + self.weight * kd(teacher.logits, student.logits, self.temperature)
+
+
+class Ema(Teacher):
+    """The exponential moving average of the student: Tarvainen & Valpola, "Mean teachers", NeurIPS 2017, §2.
+
+        θ' ← α θ' + (1 - α) θ after every step of the optimizer,   α = min(decay, 1 - 1/(steps + 1)) as in their code
+
+    Batch norm's statistics are averaged likewise and it answers in eval mode, where their teacher uses the batch's.
+    It is in the checkpoint.
+
+    Args:
+        student: copied as it is now.
+        decay: in [0, 1); 0.999 is the paper's.
+    """
+
+    fixed = False
+
+    def __init__(self, student: Network, decay: float = 0.999):
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise UserError(f"teacher.decay={decay}: expected a number from 0 to below 1, such as 0.999")
+        self.network = copy.deepcopy(student).requires_grad_(False).eval()
+        self.decay = decay
+        self.register_buffer("steps", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> "Ema":
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Outputs:
+        return self.network(batch.images)
+
+    @torch.no_grad()
+    def after_step(self, student: Network) -> None:
+        self.steps += 1
+        share = (1 / (self.steps + 1)).clamp(min=1 - self.decay)  # of the new weights
+        averages, values = self.network.state_dict(), student.state_dict()
+        for name, average in averages.items():
+            if average.is_floating_point():
+                average.lerp_(values[name].to(average.dtype), share.to(average.dtype))
+            else:
+                average.copy_(values[name])

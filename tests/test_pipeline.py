@@ -149,10 +149,17 @@ def test_load_student_refuses_what_it_would_have_to_trust(folder, tmp_path):
     save_file(state, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="does not say which network"):
         distill.load_student(tmp_path / "bare.safetensors")
-    meta = {"network": json.dumps({"_target_": "os.system", "taps": {}, "mean": [0], "std": [1]})}
-    save_file(state, tmp_path / "evil.safetensors", meta)
-    with pytest.raises(UserError, match=r"built by os.system, outside of distill.models"):
-        distill.load_student(tmp_path / "evil.safetensors")
+    run = {"_target_": "os.mkdir", "path": str(tmp_path / "ran")}
+    for network in (run, {"_target_": "distill.models.resnet_cifar.resnet", "depth": run, "widths": [{"a": [run]}]}):
+        meta = {
+            "network": json.dumps({"taps": {}, "mean": [0], "std": [1], **network}),
+            "classes": "[]",
+            "image_size": "1",
+        }
+        save_file(state, tmp_path / "evil.safetensors", meta)
+        with pytest.raises(UserError, match=r"built by os.mkdir, outside of distill.models"):
+            distill.load_student(tmp_path / "evil.safetensors")
+        assert not (tmp_path / "ran").exists()
 
 
 def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd):

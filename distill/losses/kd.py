@@ -7,28 +7,26 @@ weight 0.1, weight 0.9: the CIFAR-100 setting of Tian et al., ICLR 2020.
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from distill.losses.base import Loss
+from distill.losses.logits import LogitLoss, soft_kl
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Scalar from logits (N, K); zero where both are the same up to a constant per row."""
-    student = F.log_softmax(student_logits / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return soft_kl(student_logits, teacher_logits, temperature).mean()
 
 
-class KD(Loss):
+class KD(LogitLoss):
     """`kd` of the two networks' logits.
 
     Args:
         temperature: T > 0.
+        standardize: of z-scored logits.
     """
 
-    def __init__(self, temperature: float = 4.0):
-        super().__init__()
+    def __init__(self, temperature: float = 4.0, standardize: bool = False):
+        super().__init__(standardize)
         self.temperature = temperature
 
-    def forward(self, student, teacher, batch) -> Tensor:
-        return kd(student.logits, teacher.logits, self.temperature)
+    def compare(self, student_logits, teacher_logits, batch) -> Tensor:
+        return kd(student_logits, teacher_logits, self.temperature)

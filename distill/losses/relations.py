@@ -1,0 +1,25 @@
+"""What losses on relations between the images of a batch share."""
+
+from torch import Tensor
+
+from distill.errors import UserError
+
+
+def vectors(loss: str, features: Tensor) -> Tensor:
+    """Features of any kind as vectors (N, D).
+
+    Raises:
+        UserError: a batch of 1, which has no relations.
+    """
+    if len(features) < 2:
+        raise UserError(
+            f"loss {loss} relates the images of a batch to each other and needs at least 2 of them; "
+            f"this batch has {len(features)}: raise data.batch_size"
+        )
+    return features.flatten(1)
+
+
+def unit(values: Tensor, dim: int = 1) -> Tensor:
+    """Divided by the Euclidean norm along `dim`; zeros stay zeros, with a gradient that does not explode."""
+    norms = values.norm(dim=dim, keepdim=True)
+    return values / norms.masked_fill(norms == 0, 1.0)
