@@ -12,7 +12,7 @@ def main(cfg):
     from distill.compress.coverage import describe
     from distill.errors import UserError
     from distill.evaluate import evaluate
-    from distill.progress import say
+    from distill.progress import leads, say
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder
@@ -26,9 +26,10 @@ def main(cfg):
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):
             student, epochs = fit.distil(cfg, teacher, data, folder, loggers)
-            job.save_student(student, epochs, data)
+            if leads():
+                job.save_student(student, epochs, data)
 
-        if not job.does("compress", "export", "report"):
+        if not job.does("compress", "export", "report") or not leads():
             return
         student = job.student()
         nets = {"student": student.plain()}  # what ships, by file name
@@ -39,11 +40,12 @@ def main(cfg):
             say(describe(small))
             job.write(compressed=list(cfg.compress))
 
-        if job.does("export"):
+        files, failures = {name: [] for name in nets}, []
+        if job.does("export") and cfg.export:
             say(f"export: {', '.join(cfg.export)}")
             files, failures = export.export(nets, build.steps(cfg.export), folder / "export", data, job.identity())
-        elif job.does("report"):
-            files, failures = export.reload(nets, build.reloaders(cfg.export), folder / "export"), []
+        elif cfg.export and job.does("report"):
+            files = export.reload(nets, build.reloaders(cfg.export), folder / "export")
 
         if job.does("report"):
             say("report: every network and every reloaded file answers the test images, once")

@@ -17,7 +17,7 @@ from distill.errors import UsageError, UserError
 from distill.losses.base import Loss
 from distill.models.taps import infer_taps, out_of_place
 from distill.network import Network
-from distill.progress import say
+from distill.progress import leads, say
 from distill.schedules import check_weight
 from distill.types import Batch
 
@@ -79,11 +79,11 @@ def reloaders(cfg: DictConfig) -> dict[str, Callable]:
 
 @contextmanager
 def loggers(cfg: DictConfig, folder: Path) -> Iterator[list]:
-    """The loggers besides the CSV files; closed at the end."""
+    """The loggers besides the CSV files, of the process that leads; closed at the end."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     opened = []
     try:
-        for options in cfg.logger.values():
+        for options in cfg.logger.values() if leads() else ():
             opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=plain))
         yield opened
     finally:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from distill.files import atomic
 from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
 from distill.module import Distill
 from distill.network import Network
-from distill.progress import Lines, say
+from distill.progress import Lines, leads, say
 from distill.teachers import Ema, Ensemble, Frozen, Peer, Teacher, content_hash
 
 
@@ -177,21 +176,22 @@ def _fit_once(
     folder = Path(cfg.store) / f"{'student' if name == 'student alone' else 'teacher'}-{key}"
     weights = folder / "weights.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    child = int(os.environ.get("LOCAL_RANK", 0)) > 0  # of a distributed run: its rank 0 holds the lock
-    with contextlib.nullcontext() if child else FileLock(folder / "lock"):
+    # where several processes train together, the first holds the lock for all
+    with FileLock(folder / "lock") if leads() else contextlib.nullcontext():
         if weights.exists():
             say(f"{name}: fitted before, read from {weights}")
+            load_weights(network.net, weights)
         elif "teacher" not in cfg.stages and "distill" not in cfg.stages:
             raise UserError(f"the {name} is not fitted yet ({weights} is missing): add teacher and distill to stages")
         else:
             say(f"{name}: fitting {type(network.net).__name__} on the labels for {epochs} epochs → {weights}")
             chosen = fit(cfg, network, None, losses, data, folder, epochs, lr)[cfg.select]
-            decides |= {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
-            with atomic(folder / "fit.json") as temporary:
-                temporary.write_text(json.dumps(decides, indent=2))
-            save_weights(network.net, weights, {})
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        load_weights(network.net, weights)
+            if leads():
+                decides |= {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
+                with atomic(folder / "fit.json") as temporary:
+                    temporary.write_text(json.dumps(decides, indent=2))
+                save_weights(network.net, weights, {})
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return network.keep(()).eval()
 
 
@@ -215,6 +215,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*LeafSpec.*",
+        ".*sync_dist=True.*",  # what is logged is the same on every process already
         ".*Experiment logs directory.*",
     ):
         warnings.filterwarnings("ignore", pattern)

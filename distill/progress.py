@@ -1,13 +1,20 @@
 """What a person sees while a run works: lines, and a bar where there is a terminal."""
 
+import os
 import sys
 import time
 
 from pytorch_lightning.callbacks import Callback
 
 
+def leads() -> bool:
+    """Whether this process is the first of its run: the one that speaks and writes where several train together."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
 def say(line: str) -> None:
-    print(line, flush=True)
+    if leads():
+        print(line, flush=True)
 
 
 class Lines(Callback):

@@ -21,6 +21,7 @@ from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.files import atomic
 from distill.network import Network
+from distill.progress import leads
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
 FREE = (
@@ -96,6 +97,8 @@ class Run:
 
     def write(self, **changes) -> None:
         self.record |= changes
+        if not leads():
+            return
         with atomic(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(self.record, indent=2))
 
@@ -131,9 +134,9 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     with open_dict(cfg):
         cfg.name, cfg.run = folder.name, None
     run = Run(folder, cfg, record)
-    plain = OmegaConf.to_yaml(cfg, resolve=True)
-    with atomic(folder / "config.yaml") as temporary:
-        temporary.write_text(plain)
+    if leads():
+        with atomic(folder / "config.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
     run.write(status="running", seed=cfg.seed, stages=list(cfg.stages), error=None)
     try:
         yield run

@@ -1,0 +1,26 @@
+"""Two processes train as one: one voice, one report, a memory bank that both fill."""
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import QUICK, ROOT
+
+
+def test_two_processes_train_and_one_of_them_reports(tmp_path):
+    words = ["trainer.devices=2", "trainer.strategy=ddp", "loss=[ce,kd,crd]", "loss.crd.negatives=64", "name=ddp"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *QUICK, *words, "baseline=false"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("distill: ") == 1
+    assert "error" not in done.stderr.lower()
+    folder = tmp_path / "outputs" / "ddp"
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+    assert len(json.loads((folder / "report.json").read_text())["rows"]) == 7
