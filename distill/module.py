@@ -59,6 +59,7 @@ class Distill(pl.LightningModule):
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
             self.average.requires_grad_(False)
         self.terms = [*losses, "teacher"] if teacher is not None and teacher.learns else [*losses]
+        self.asks = teacher is not None and (teacher.learns or any(loss.needs_teacher for loss in losses.values()))
         # running sums of the epoch: each term, the total, and the number of steps; a resume continues them
         self.register_buffer("sums", torch.zeros(len(self.terms) + 2))
         self.metrics = MetricCollection(
@@ -93,7 +94,7 @@ class Distill(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         student = self.student(batch.images)
-        teacher = None if self.teacher is None else self.teacher(batch)
+        teacher = self.teacher(batch) if self.asks else None
         total, terms = self.total(student, teacher, batch, batch_idx)
         self.sums += torch.stack([*terms, total, torch.ones_like(total)]).detach()
         return total

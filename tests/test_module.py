@@ -106,6 +106,17 @@ def test_the_total_is_the_weighted_sum_of_the_terms_it_logs(data):
     assert logged["kd"] > 0
 
 
+def test_a_teacher_that_no_loss_needs_is_asked_about_validation_images_only(data, monkeypatch):
+    asked, answer = [], Frozen.forward
+    monkeypatch.setattr(Frozen, "forward", lambda self, batch: asked.append(len(batch.index)) or answer(self, batch))
+    module = distil(data, {"ce": CE()}, epochs=2)
+    dry_run, validation = 2, [len(batch.index) for batch in data.val_loader()]
+    assert asked == [dry_run, *validation]  # once, not every epoch
+    assert "val/agreement" in module.trainer.callback_metrics
+    distil(data, {"ce": CE(), "kd": KD()})
+    assert len(asked) > 2 * (1 + len(validation)) + 5  # and every training batch where a loss needs it
+
+
 def test_losses_lower_themselves(data):
     for loss in (KD(), AT(["stage1", "stage2", "stage3"]), FitNet()):
         first = distil(data, {"only": loss}, epochs=1)

@@ -16,7 +16,7 @@ def block(marker: str) -> str:
     lines = README[README.index(f"    # {marker}\n") :].splitlines()[1:]
     kept = []
     for line in lines:
-        if line and not line.startswith("    ") or re.match(r"    # \S+\.(py|yaml)$", line):
+        if (line and not line.startswith("    ")) or re.match(r"    # \S+\.(py|yaml)$", line):
             break
         kept.append(line)
     return textwrap.dedent("\n".join(kept))
@@ -48,7 +48,9 @@ def test_every_option_that_the_readme_names_exists(train, tmp_path, capfd):
         if "--config-dir" in command or "run=" in command:
             continue
         words = re.findall(r"'[^']*'|\S+", command)
-        words = [word.strip("'").replace("PATH", "nowhere").replace("FILE", "nowhere") for word in words if word != "-m"]
+        words = [
+            word.strip("'").replace("PATH", "nowhere").replace("FILE", "nowhere") for word in words if word != "-m"
+        ]
         words = [word if not re.search(r"=\w+,\w", word) else word.partition(",")[0] for word in words]
         # the only thing wrong is a stage that doesn't exist, so that nothing starts
         assert train(*words, "stages=[none]", cwd=tmp_path) == 2

@@ -1,4 +1,4 @@
-"""Class attention transfer: Guo et al., CVPR 2023, §3.
+"""Class attention transfer: Guo et al., "Class Attention Transfer Based Knowledge Distillation", CVPR 2023, §3.
 
     CAM_k = Σ_d W_{k,d} F_d,   L = mean (pool(CAM_s) - pool(CAM_t))²
 

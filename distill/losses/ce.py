@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels: what the student would be trained with alone."""
+"""Cross-entropy with the labels, which is plain training."""
 
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: Tian, Krishnan & Isola, ICLR 2020, eq. 17–18.
+"""Contrastive distillation: Tian, Krishnan & Isola, "Contrastive Representation Distillation", ICLR 2020, eq. 17–18.
 
     h(t, s) = P / (P + M/n),   P = exp(⟨g_t(t), g_s(s)⟩ / τ) / Z
     L_S = -mean over images of [ log h(t_i, s_i) + Σ_j≤M log(1 - h(t_j, s_i)) ],   L = L_S + L_T (the roles exchanged)

@@ -1,4 +1,4 @@
-"""Hints: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, §2.2, eq. 3.
+"""FitNet hints: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, §2.2, eq. 3.
 
     L = ½ ‖ u_h(x) - r(v_g(x)) ‖²,   u_h the teacher's hint, v_g the guided layer, r a learned regressor
 

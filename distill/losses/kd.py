@@ -1,4 +1,4 @@
-"""Soft targets: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, §2.
+"""Soft targets: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", NeurIPS workshop 2015, §2.
 
     L = T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)),   batch mean
 

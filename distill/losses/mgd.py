@@ -1,4 +1,4 @@
-"""Masked generative distillation: Yang et al., ECCV 2022, §3.
+"""Masked generation: Yang et al., "Masked Generative Distillation", ECCV 2022, §3.
 
     L = 1/N Σ (G(align(s) · M) - t)²,   G = conv3×3, ReLU, conv3×3;   M_{n,c} = 0 with probability λ, else 1
 

@@ -1,4 +1,5 @@
-"""Neuron selectivity transfer: Huang & Wang, "Like What You Like", 2017, §4.
+"""Neuron selectivity transfer: Huang & Wang, "Like What You Like: Knowledge Distill via Neuron
+Selectivity Transfer", arXiv 2017, §4.
 
     L = Σ_stages MMD²(s, t),   MMD² = mean k(t_i, t_j) + mean k(s_i, s_j) - 2 mean k(s_i, t_j),   k(a, b) = (aᵀb)²
 

@@ -1,4 +1,4 @@
-"""Overhaul: Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, §3.
+"""Overhaul of features (OFD): Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, §3.
 
     L = Σ_i 2^-(n-1-i) · 1/N Σ [ s ≤ t' ≤ 0 ? 0 : (s - t')² ],   t' = max(t, m),   m_c = E[t_c | t_c < 0]
 

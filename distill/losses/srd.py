@@ -1,5 +1,5 @@
-"""A simple recipe: Miles & Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", AAAI 2024,
-§3.
+"""Projector recipe (SRD): Miles & Mikolajczyk, "Understanding the Role of the Projector in Knowledge
+Distillation", AAAI 2024, §3.
 
     L = log Σ_{n,d} | norm(P s)_{n,d} - norm(t)_{n,d} |^α,   α = 4
 

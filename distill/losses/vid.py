@@ -1,4 +1,4 @@
-"""Variational information distillation: Ahn et al., CVPR 2019, §2.1.
+"""Variational information: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, §2.1.
 
     L = Σ_stages mean_{n,c,h,w} ½ [ (t - μ(s))² / σ_c² + log σ_c² ],   σ_c² = softplus(α_c) + ε
 
