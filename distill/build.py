@@ -128,6 +128,12 @@ def connect(student: Network, teacher: nn.Module | None, terms: Mapping[str, Los
     for name, loss in terms.items():
         if loss.needs_teacher and teacher is None:
             raise UserError(f"loss {name} needs a teacher, and this run has none")
+        absent = [tap for tap in loss.teacher_taps if teacher is not None and tap not in teacher_outputs.features]
+        if absent:
+            raise UserError(
+                f"loss {name} reads the teacher's {', '.join(absent)}, and this teacher answers with "
+                f"{', '.join(['logits', *teacher_outputs.features])} only"
+            )
         torch.manual_seed(seed)
         loss.build(student_outputs, teacher_outputs, data)
 

@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
-from distill import build
+from distill import build, config
 from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.at import AT
@@ -183,6 +184,33 @@ def test_an_unknown_tap_is_told_with_those_that_exist(data):
 def test_a_loss_that_needs_a_teacher_says_so_without_one(data):
     with pytest.raises(UserError, match="loss kd needs a teacher"):
         build.connect(network(0), None, {"kd": KD()}, data, seed=0)
+
+
+def test_a_loss_on_features_refuses_a_teacher_that_answers_with_logits_only(data, monkeypatch):
+    answer = Frozen.forward
+    monkeypatch.setattr(Frozen, "forward", lambda self, batch: answer(self, batch)._replace(features={}))
+    with pytest.raises(
+        UserError, match=r"loss fitnet reads the teacher's stage2, and this teacher answers with logits"
+    ):
+        build.connect(network(0), Frozen(network(1)), {"fitnet": FitNet()}, data, seed=0)
+
+
+def test_a_transformer_teaches_a_convnet_by_its_tokens(data):
+    config.register(["train.py"])
+    with initialize_config_dir(config.PATH, version_base="1.3"):
+        cfg = compose("train", ["teacher=vit_b_16", "student=mobilenet", "loss=[ce,kd,fitnet]", "name=test"])
+    student = build.network(cfg.student, data.num_classes, 32, seed=0)
+    teacher = Frozen(build.network(cfg.teacher, data.num_classes, 32, seed=0))
+    images = fake(num_classes=5, train_size=20, image_size=32, batch_size=4, num_workers=0)
+    losses, _ = build.losses(cfg.loss)
+    build.connect(student, teacher, losses, images, seed=0)
+    batch = images.train[torch.arange(4), torch.zeros(4, dtype=torch.int64)]
+    outputs, taught = student(batch.images), teacher(batch)
+    assert taught.features["stage2"].dim() == 3
+    total = sum(loss(outputs, taught, batch) for loss in losses.values())
+    total.backward()
+    assert torch.isfinite(total)
+    assert losses["fitnet"].project.convolution.weight.grad.abs().sum() > 0
 
 
 class Doubling(nn.Module):
