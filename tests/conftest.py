@@ -27,6 +27,7 @@ def train():
             patch.chdir(cwd)
             patch.setattr(sys, "argv", ["train.py", *words])
             patch.setattr(cli, "TRACEBACK", False)
+            patch.setenv("HYDRA_FULL_ERROR", "0")  # main() sets it; put back at the end
             try:
                 program.main()
             except SystemExit as end:

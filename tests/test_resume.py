@@ -12,6 +12,8 @@ import torch
 from conftest import QUICK, ROOT
 from safetensors.torch import load_file
 
+from distill import runs
+
 KILLER = '''
 import os, signal
 import torch
@@ -41,7 +43,7 @@ WORDS = [
     "stages=[teacher,distill]",
     "baseline=false",
     "checkpoint_every=2",
-    "optimizer.lr=0.1",
+    "optimizer.lr=0.01",
     "teacher.fit.epochs=1",
 ]
 
@@ -65,6 +67,8 @@ def run(folder: Path, *words: str, kill_at: int = -1) -> int:
 def whole(folder):
     """The weights of a run that nobody disturbed."""
     assert run(folder, *WORDS, "name=whole") == 0
+    rates = runs.curves(folder / "outputs" / "whole")["lr"].tolist()
+    assert rates[0] > 0  # a run that learns nothing would be continued exactly by anything
     return folder / "outputs" / "whole"
 
 
