@@ -172,6 +172,7 @@ def _fit_once(
     }
     decides["optimizer"]["lr"] = lr
     decides["trainer"].pop("max_epochs")
+    decides["data"].pop("num_workers", None)
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.store) / f"{'student' if name == 'student alone' else 'teacher'}-{key}"
     weights = folder / "weights.safetensors"

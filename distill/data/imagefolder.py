@@ -19,7 +19,7 @@ _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": (
 def imagefolder(
     root: str,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     image_size: int | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
@@ -63,7 +63,7 @@ def imagefolder(
     if pixels is not None:
         arrays = pixels.split([len(names[split]) for split in _SPLITS])
         pairs = [(images, labels[split]) for images, split in zip(arrays, _SPLITS, strict=True)]
-        return from_arrays(classes, *pairs, augment, batch_size, num_workers)
+        return from_arrays(classes, *pairs, augment, batch_size, num_workers or 0)
 
     if isinstance(augment, ShiftFlip):
         raise UsageError("data.augment: ShiftFlip is for images of at most 64 px; here use RandomResizedCrop or null")
@@ -71,7 +71,7 @@ def imagefolder(
     files = {split: Files(base, names[split], size) for split in _SPLITS}
     train = Split(files["train"], labels["train"], size, augment or RandomResizedCrop(), training=True)
     val, test = (Split(files[split], labels[split], size, CenterCrop()) for split in ("val", "test"))
-    return Data(classes, size, train, val, test, batch_size, num_workers)
+    return Data(classes, size, train, val, test, batch_size, 2 if num_workers is None else num_workers)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
