@@ -8,7 +8,7 @@ import textwrap
 
 from conftest import QUICK, ROOT
 
-README = (ROOT / "README.md").read_text()
+README = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())  # commands over several lines
 
 
 def block(marker: str) -> str:
