@@ -43,8 +43,8 @@ def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_hea
         seed: of the initial weights, which depend on nothing else.
         fresh_head: a checkpoint of another number of classes keeps all but its head; else that is an error.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    arguments = {key: value for key, value in plain.items() if key not in ROLE_KEYS}
+    described = plain(cfg)
+    arguments = {key: value for key, value in described.items() if key not in ROLE_KEYS}
     accepted = _parameters(cfg._target_)
     for key, value in {"num_classes": classes, "image_size": image_size}.items():
         if key in accepted:
@@ -55,8 +55,8 @@ def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_hea
         left = load_weights(net, cfg.checkpoint, new_head=fresh_head)
         if left:
             say(f"  {cfg.checkpoint} has other classes: {', '.join(left)} start anew")
-    taps = plain["taps"] if plain["taps"] is not None else infer_taps(net, image_size)
-    wrapped = Network(net, taps, plain["mean"], plain["std"])
+    taps = described["taps"] if described["taps"] is not None else infer_taps(net, image_size)
+    wrapped = Network(net, taps, described["mean"], described["std"])
     return wrapped.to(memory_format=torch.channels_last)
 
 
@@ -80,19 +80,19 @@ def reloaders(cfg: DictConfig) -> dict[str, Callable]:
 @contextmanager
 def loggers(cfg: DictConfig, folder: Path) -> Iterator[list]:
     """The loggers besides the CSV files, of the process that leads; closed at the end."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    opened = []
+    recorded, opened = plain(cfg), []
     try:
         for options in cfg.logger.values() if leads() else ():
-            opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=plain))
+            opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=recorded))
         yield opened
     finally:
         for logger in opened:
             (logger.experiment.finish if hasattr(logger.experiment, "finish") else logger.experiment.close)()
 
 
-def _plain(cfg: Mapping) -> dict:
-    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(dict(cfg))
+def plain(cfg):
+    """A copy of a part of the configuration in plain Python, interpolations resolved; other values just copied."""
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(cfg)
 
 
 def losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
@@ -100,7 +100,7 @@ def losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
     if not cfg:
         raise UsageError("loss=[]: give at least one loss, e.g. 'loss=[ce,kd]'")
     terms, weights = {}, {}
-    for name, options in _plain(cfg).items():
+    for name, options in plain(cfg).items():
         weights[name] = options.pop("weight")
         check_weight(name, weights[name])
         terms[name] = instantiate(options, _convert_="all")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 
@@ -149,8 +149,7 @@ def _pretrained(cfg: DictConfig) -> bool:
 
 def _ce(cfg: DictConfig) -> dict:
     """The cross-entropy of the run, with its label smoothing, at full weight."""
-    plain = OmegaConf.to_container(cfg.loss, resolve=True).get("ce", {"_target_": "distill.losses.ce.CE"})
-    return {**plain, "weight": 1.0}
+    return {**build.plain(cfg.loss).get("ce", {"_target_": "distill.losses.ce.CE"}), "weight": 1.0}
 
 
 def _fit_once(
@@ -160,14 +159,14 @@ def _fit_once(
 
     The weights lie in cfg.store under the hash of all that decides them, so that runs and sweeps share them.
     """
-    described = _plain(described)
+    described = build.plain(described)
     decides = {
         "network": {key: value for key, value in described.items() if key not in ("checkpoint", "fit")},
         "weights": content_hash(network),
         "images": data.fingerprint,
         "loss": losses,
         "epochs": epochs,
-        **{key: _plain(cfg[key]) for key in ("data", "optimizer", "schedule", "trainer", "seed", "ema", "select")},
+        **{key: build.plain(cfg[key]) for key in ("data", "optimizer", "schedule", "trainer", "seed", "ema", "select")},
         "early_stopping": cfg.early_stopping,
     }
     decides["optimizer"]["lr"] = lr
@@ -198,10 +197,6 @@ def _fit_once(
 
 def _copy(state: Mapping) -> dict:
     return {key: value.detach().cpu().clone() for key, value in state.items()}
-
-
-def _plain(cfg):
-    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
 def _quiet() -> None:

@@ -181,15 +181,15 @@ def rebuild(file: Path, trust: bool = False) -> Network:
     metadata = read_metadata(file)
     if "network" not in metadata:
         raise UserError(f"{file} does not say which network it belongs to: it is not a student that a run saved")
-    described = OmegaConf.create({**json.loads(metadata["network"]), "checkpoint": None})
-    foreign = [target for target in _targets(json.loads(metadata["network"])) if not target.startswith(OURS)]
+    described = json.loads(metadata["network"])
+    foreign = [target for target in _targets(described) if not target.startswith(OURS)]
     if foreign and not trust:
         raise UserError(
             f"{file} is built by {foreign[0]}, outside of {OURS}*: load_student(..., trust=True) runs it, "
             "if you trust the file"
         )
     classes, image_size = json.loads(metadata["classes"]), json.loads(metadata["image_size"])
-    network = build.network(described, len(classes), image_size, seed=0)
+    network = build.network(OmegaConf.create({**described, "checkpoint": None}), len(classes), image_size, seed=0)
     load_weights(network.net, file)
     return network.eval()
 

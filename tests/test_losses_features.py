@@ -12,6 +12,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from test_module import network
 
 from distill import build
 from distill.checkpoints import load_weights, save_weights
@@ -41,7 +42,6 @@ from distill.types import Batch, Outputs
 
 CONF = Path(__file__).parents[1] / "conf"
 NAMES = ["vid", "reviewkd", "ofd", "ab", "nst", "fsp", "cwd", "mgd", "ft", "srrl", "srd", "cat_kd", "ofa"]
-TAPS = {"stage1": "layer1", "stage2": "layer2", "stage3": "layer3", "pooled": "linear:in"}
 
 
 def numbers(*shape, seed=0, scale=1.0) -> torch.Tensor:
@@ -705,11 +705,6 @@ def configured(name: str):
     options = yaml.safe_load(text)[name]
     weight = options.pop("weight")
     return instantiate(options, _convert_="all"), weight
-
-
-def network(seed: int, widths) -> Network:
-    torch.manual_seed(seed)
-    return Network(resnet(8, 5, widths, stem=widths[0]), TAPS, [0.5] * 3, [0.25] * 3)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from test_losses import numbers, softmax
+from test_module import network
 
 from distill import build
 from distill.data.fake import fake
@@ -26,7 +27,6 @@ from distill.losses.pkt import PKT, pkt
 from distill.losses.rkd import RKD, rkd
 from distill.losses.sp import SP, sp
 from distill.models.deit import deit
-from distill.models.resnet_cifar import resnet
 from distill.module import Distill
 from distill.network import Network
 from distill.teachers import Frozen
@@ -553,14 +553,6 @@ def test_value_and_gradient_stay_finite_and_bounded(loss, student):
     value.backward()
     assert torch.isfinite(value)
     assert student.grad.abs().max() < 1e3
-
-
-TAPS = {"stage1": "layer1", "stage2": "layer2", "stage3": "layer3", "pooled": "linear:in"}
-
-
-def network(seed: int, widths=(4, 8, 16)) -> Network:
-    torch.manual_seed(seed)
-    return Network(resnet(8, 5, widths, stem=widths[0]), TAPS, [0.5] * 3, [0.25] * 3)
 
 
 @pytest.fixture(scope="module")
