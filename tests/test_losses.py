@@ -132,8 +132,10 @@ def test_at_refuses_vectors():
         loss.build(outputs, outputs, None)
 
 
-def test_fitnet_is_the_mean_squared_difference_after_a_learned_regressor():
+@pytest.mark.parametrize("rectified", [True, False])
+def test_fitnet_is_the_mean_squared_difference_after_a_learned_regressor(rectified):
     student, teacher = numbers(3, 2, 4, 4, seed=1).float(), numbers(3, 5, 4, 4, seed=2).float()
+    teacher = teacher.relu() if rectified else teacher
     loss = FitNet("stage2", "stage3")
     s, t = (
         Outputs(student[:, :2, 0, 0], {"stage2": student}),
@@ -143,16 +145,18 @@ def test_fitnet_is_the_mean_squared_difference_after_a_learned_regressor():
     loss.build(s, t, None)
     weight = loss.project.convolution.weight.detach().double().numpy()[:, :, 0, 0]  # (5, 2)
     bias = loss.project.convolution.bias.detach().double().numpy()
-    total = 0.0
-    for i in range(3):
-        for h in range(4):
-            for w in range(4):
-                regressed = weight @ student[i, :, h, w].double().numpy() + bias
-                total += ((regressed - teacher[i, :, h, w].double().numpy()) ** 2).sum()
-    assert loss(s, t, None).item() == pytest.approx(total / (3 * 5 * 4 * 4), rel=1e-5)
+    pixels = student.double().numpy().transpose(0, 2, 3, 1).reshape(48, 2)
+    regressed = np.array([weight @ pixel + bias for pixel in pixels])  # (48, 5)
+    normal = (regressed - regressed.mean(0)) / np.sqrt(regressed.var(0) + 1e-5)
+    if rectified:
+        normal = np.maximum(normal, 0)
+    hint = teacher.double().numpy().transpose(0, 2, 3, 1).reshape(48, 5)
+    assert loss(s, t, None).item() == pytest.approx(((normal - hint) ** 2).sum() / (48 * 5), rel=1e-5)
     assert {name for name, _ in loss.named_parameters()} == {
         "project.convolution.weight",
         "project.convolution.bias",
+        "scale.0.weight",
+        "scale.0.bias",
     }
     assert fitnet(teacher, teacher).item() == 0
 

@@ -3,11 +3,12 @@
     L = ½ ‖ u_h(x) - r(v_g(x)) ‖²,   u_h the teacher's hint, v_g the guided layer, r a learned regressor
 
 As in the released code and every benchmark since (Tian et al., ICLR 2020: weight 100), the mean of the squared
-differences stands for half their sum, and hint and labels train together instead of in two phases. The regressor
-is a 1×1 convolution, inferred from the two taps.
+differences stands for half their sum, and hint and labels train together instead of in two phases. As there, too, the
+regressor is a convolution with batch norm, and a ReLU where the hint came out of one: without them that weight diverges.
+Its shape is inferred from the two taps, 1×1.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.losses.base import Loss
@@ -31,7 +32,11 @@ class FitNet(Loss):
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
 
     def build(self, student, teacher, data) -> None:
-        self.project = Projector(student.features[self.student_taps[0]], teacher.features[self.teacher_taps[0]])
+        hint = teacher.features[self.teacher_taps[0]]
+        self.project = Projector(student.features[self.student_taps[0]], hint)
+        channels = self.project.convolution.out_channels
+        self.scale = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU() if hint.min() >= 0 else nn.Identity())
 
     def forward(self, student, teacher, batch) -> Tensor:
-        return fitnet(*self.project(student.features[self.student_taps[0]], teacher.features[self.teacher_taps[0]]))
+        projected, hint = self.project(student.features[self.student_taps[0]], teacher.features[self.teacher_taps[0]])
+        return fitnet(self.scale(projected), hint)
