@@ -22,6 +22,8 @@ def main(cfg):
         teacher = fit.teacher(cfg, data)
         alone = fit.student_alone(cfg, data) if cfg.baseline and job.does("distill", "report") else None
 
+        if job.does("cache"):
+            fit.fill_cache(cfg, teacher, data)
         if job.does("distill") and job.distilled():
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):

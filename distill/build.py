@@ -19,7 +19,7 @@ from distill.models.taps import infer_taps, out_of_place
 from distill.network import Network
 from distill.progress import leads, say
 from distill.schedules import check_weight
-from distill.types import Batch
+from distill.types import Batch, Outputs
 
 ROLE_KEYS = ("checkpoint", "fit", "taps", "mean", "std")
 
@@ -107,8 +107,13 @@ def losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
     return terms, weights
 
 
-def connect(student: Network, teacher: nn.Module | None, terms: Mapping[str, Loss], data: Data, seed: int) -> None:
+def connect(
+    student: Network, teacher: nn.Module | None, terms: Mapping[str, Loss], data: Data, seed: int
+) -> Outputs | None:
     """Tap what the losses read and make their layers, by one dry run of two training images.
+
+    Returns:
+        What the teacher answered to them, features included.
 
     Raises:
         UserError: a network that doesn't answer with one logit a class, a tap that isn't there.
@@ -136,6 +141,7 @@ def connect(student: Network, teacher: nn.Module | None, terms: Mapping[str, Los
             )
         torch.manual_seed(seed)
         loss.build(student_outputs, teacher_outputs, data)
+    return teacher_outputs
 
 
 def _keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:

@@ -11,7 +11,8 @@ from distill.errors import UsageError
 
 PACKAGE = Path(__file__).parent
 PATH = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf")
-STAGES = ["teacher", "distill", "compress", "export", "report"]
+NULLABLE = ("cache.views",)  # numbers that null may stand for, whatever their default
+STAGES = ["teacher", "cache", "distill", "compress", "export", "report"]
 
 
 def register(argv: list[str] | None = None) -> None:
@@ -68,6 +69,8 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
         default, value = OmegaConf.select(defaults, key), OmegaConf.select(cfg, key)
         expected = _kind(default)
         schedule = key.endswith(".weight") and OmegaConf.is_list(value)
+        if value is None and key in NULLABLE:
+            continue
         if expected and _kind(value) != expected and not schedule and not (expected == "number" and _whole(value)):
             raise UsageError(f"{word}: expected a {expected}, such as {default}")
 

@@ -5,26 +5,32 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 
 from distill import build
+from distill.cache import Ask, Cached, identity, open_cache
 from distill.checkpoints import load_weights, read_state, save_weights
 from distill.data.base import Data
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 from distill.files import atomic
 from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
 from distill.module import Distill
 from distill.network import Network
+from distill.precision import precision
 from distill.progress import Lines, leads, say
 from distill.teachers import Ema, Ensemble, Frozen, Peer, Teacher, content_hash
+from distill.types import Outputs
 
 
 def fit(
@@ -37,6 +43,7 @@ def fit(
     epochs: int,
     lr: float,
     loggers=(),
+    callbacks=(),
 ) -> dict:
     """Train `network` in place for `epochs`, continuing from `folder`/checkpoints where a killed run left one.
 
@@ -45,7 +52,18 @@ def fit(
         [0, 1], and the network's weights. `network` holds those of cfg.select.
     """
     terms, weights = build.losses(losses)
-    build.connect(network, teacher, terms, data, cfg.seed + 1)
+    seen = build.connect(network, teacher, terms, data, cfg.seed + 1)
+    checkpoints = folder / "checkpoints"
+    keep = Keep(checkpoints, cfg.checkpoint_every)
+    callbacks = [keep, Lines(epochs), *callbacks]
+    if Lines.on_a_terminal():
+        callbacks.append(TQDMProgressBar(leave=False))
+    if cfg.early_stopping is not None:
+        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=cfg.early_stopping, check_finite=False))
+    trainer = _trainer(cfg, network, teacher, epochs, callbacks, [CSVLogger(folder, "metrics"), *loggers])
+    views = {}
+    if any(loss.needs_teacher for loss in terms.values()):
+        teacher, views = _cached(cfg, teacher, data, seen, epochs, trainer)
     factor = instantiate(cfg.schedule, _convert_="all")
     module = Distill(
         network,
@@ -57,28 +75,9 @@ def fit(
         data.num_classes,
         ema=cfg.ema,
         seed=cfg.seed,
+        compile=cfg.compile,
     )
-    checkpoints = folder / "checkpoints"
-    keep = Keep(checkpoints, cfg.checkpoint_every)
-    callbacks = [keep, Lines(epochs)]
-    if Lines.on_a_terminal():
-        callbacks.append(TQDMProgressBar(leave=False))
-    if cfg.early_stopping is not None:
-        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=cfg.early_stopping, check_finite=False))
-    _quiet()
-    trainer = instantiate(
-        cfg.trainer,
-        _convert_="all",
-        max_epochs=epochs,
-        callbacks=callbacks,
-        logger=[CSVLogger(folder, "metrics"), *loggers],
-        plugins=[AtomicCheckpoints()],
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=Lines.on_a_terminal(),
-    )
-    loader = data.train_loader(cfg.seed)
+    loader = data.resident(trainer.strategy.root_device).train_loader(cfg.seed, **views)
     resume = checkpoints / LAST if (checkpoints / LAST).exists() else None
     if resume:
         epoch, batch = position(read(resume))
@@ -95,6 +94,61 @@ def fit(
     network.net.load_state_dict(chosen[cfg.select]["state"])
     network.keep(()).eval().to("cpu")
     return chosen
+
+
+def _trainer(
+    cfg: DictConfig, student: Network, teacher: Teacher | None, epochs: int, callbacks: list, loggers: list
+) -> Trainer:
+    _quiet()
+    networks = [student] if teacher is None else [student, teacher.network]
+    return instantiate(
+        cfg.trainer,
+        _convert_="all",
+        precision=precision(cfg.trainer.precision, cfg.trainer.accelerator, networks),
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpoints()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=Lines.on_a_terminal(),
+    )
+
+
+def _cached(
+    cfg: DictConfig, teacher: Teacher, data: Data, seen: Outputs, epochs: int, trainer: Trainer
+) -> tuple[Teacher, dict]:
+    """The teacher behind its cache where cfg.cache wants one, and what `Data.train_loader` is told of the views.
+
+    Args:
+        seen: what the teacher answers to a few images, with the features that the losses read.
+    """
+    options = build.plain(cfg.cache)
+    views = options["views"]
+    if views is not None and views < 1:
+        raise UsageError(f"cache.views={views}: expected at least 1, or null for a new view in every epoch")
+    if options["keep"] == "off":
+        return teacher, {"views": views, "view_seed": options["seed"]}
+    how = {"precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
+    stored = min(views or epochs, epochs)
+    opened = open_cache(teacher, data, seen, stored, options, partial(identity, seed=options["seed"], **how))
+    return (teacher, {}) if opened is None else (opened, {"views": stored, "view_seed": options["seed"]})
+
+
+def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:
+    """Ask the teacher about every row in every view that a run of `cfg` will see, where that isn't stored yet."""
+    student = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    terms, _ = build.losses(cfg.loss)
+    seen = build.connect(student, teacher, terms, data, cfg.seed + 1)
+    epochs = cfg.trainer.max_epochs
+    trainer = _trainer(cfg, student, teacher, epochs, [], [])
+    teacher, views = _cached(cfg, teacher, data, seen, epochs, trainer)
+    if not isinstance(teacher, Cached):
+        raise UserError("stages=[cache]: this run keeps no answers of its teacher, so there is nothing to fill")
+    start = time.monotonic()
+    trainer.predict(Ask(teacher), data.views_loader(**views), return_predictions=False)
+    say(f"  filled in {time.monotonic() - start:.0f} s")
 
 
 def teacher(cfg: DictConfig, data: Data) -> Teacher:
@@ -181,7 +235,7 @@ def _fit_once(
         if weights.exists():
             say(f"{name}: fitted before, read from {weights}")
             load_weights(network.net, weights)
-        elif "teacher" not in cfg.stages and "distill" not in cfg.stages:
+        elif not {"teacher", "cache", "distill"} & set(cfg.stages):
             raise UserError(f"the {name} is not fitted yet ({weights} is missing): add teacher and distill to stages")
         else:
             say(f"{name}: fitting {type(network.net).__name__} on the labels for {epochs} epochs → {weights}")
@@ -213,5 +267,6 @@ def _quiet() -> None:
         ".*LeafSpec.*",
         ".*sync_dist=True.*",  # what is logged is the same on every process already
         ".*Experiment logs directory.*",
+        ".*predict returned None.*",
     ):
         warnings.filterwarnings("ignore", pattern)

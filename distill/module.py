@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -12,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.network import Network
+from distill.progress import say
 from distill.schedules import weight_at
 from distill.teachers import Teacher
 from distill.types import Batch, Outputs
@@ -32,6 +34,7 @@ class Distill(pl.LightningModule):
         num_classes: K.
         ema: decay of the averaged student, which then is the one validated and shipped; None: no average.
         seed: with the step's number, it seeds what is random inside the networks (dropout).
+        compile: the student's forward and backward pass by torch.compile; graph breaks are told after the first step.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Distill(pl.LightningModule):
         num_classes: int,
         ema: float | None = None,
         seed: int = 0,
+        compile: bool = False,
     ):
         super().__init__()
         self.student = student
@@ -54,6 +58,9 @@ class Distill(pl.LightningModule):
         self.optimizer = optimizer
         self.factor = factor
         self.seed = seed
+        self.compiled = compile
+        if compile:
+            student.compile()  # in place: the checkpoint's keys stay
         self.average = None
         if ema is not None:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
@@ -64,13 +71,15 @@ class Distill(pl.LightningModule):
         self.register_buffer("sums", torch.zeros(len(self.terms) + 2))
         self.metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
-                "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "top5": MulticlassAccuracy(
+                    num_classes, average="micro", top_k=min(5, num_classes), validate_args=False
+                ),
+                "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
             },
             prefix="val/",
         )
-        self.agreement = MulticlassAccuracy(num_classes, average="micro")
+        self.agreement = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self._teacher_answers: dict[int, Tensor] = {}  # its class for every validation batch: asked once
 
     @property
@@ -120,6 +129,11 @@ class Distill(pl.LightningModule):
             self.teacher.after_step(self.student)
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+        if self.compiled:
+            self.compiled = False
+            say(f"  compiled with {sum(counters['graph_break'].values())} graph breaks")
+            for reason in counters["graph_break"]:
+                say(f"    {' '.join(reason.split())[:200]}")
         last = batch_idx + 1 == self.trainer.num_training_batches
         if (batch_idx % CHECK_EVERY == 0 or last) and not torch.isfinite(self.sums).all():
             culprits = [name for name, value in zip(self.terms, self.sums, strict=False) if not value.isfinite()]

@@ -117,11 +117,15 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         self._features.clear()
         logits = self.net(self.normalize(images))
-        features = {name: attrgetter(path)(self.net) for name, path in self._tensors.items()} | self._features
+        features = self.tensors() | self._features
         self._features.clear()  # or the last batch's graph would stay alive
         if features.get("pooled") is not None and features["pooled"].dim() == 4:
             features["pooled"] = features["pooled"].mean((2, 3))
         return Outputs(logits, features)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is recorded as it is, not per image: parameters and buffers, by the name they are kept under."""
+        return {name: attrgetter(path)(self.net) for name, path in self._tensors.items()}
 
     def plain(self) -> nn.Sequential:
         """A copy without taps, in eval mode on the CPU: images in [0, 1] to logits. This is what ships."""

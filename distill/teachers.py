@@ -27,7 +27,7 @@ def content_hash(module: nn.Module) -> str:
 class Teacher(nn.Module):
     """Answers to a batch: `forward(batch) -> Outputs`. What the losses see of it is detached."""
 
-    network: nn.Module  # whose taps the losses choose: `keep(names)`, `images -> Outputs`
+    network: nn.Module  # whose taps the losses choose: `keep(names)`, `tensors()`, `images -> Outputs`
     fixed: bool = True  # it answers the same at every time of a run
     learns: bool = False  # its parameters are trained along with the student's, by `loss`
 
@@ -103,6 +103,9 @@ class Committee(nn.Module):
     def keep(self, names: Iterable[str]) -> "Committee":
         self.members[0].keep(names)
         return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.members[0].tensors()
 
     def forward(self, images: Tensor) -> Outputs:
         answers = [member(images) for member in self.members]

@@ -9,9 +9,11 @@ class Batch(NamedTuple):
     """N images with their labels and where they come from."""
 
     images: Tensor  # (N, C, H, W) float in [0, 1]
-    labels: Tensor  # (N,) int64 in [0, K)
+    labels: Tensor  # (N,) int64 in [0, K); of a mixed image: that of its larger part
     index: Tensor  # (N,) int64, row in the training set; -1: not a row of it
     view: Tensor  # (N,) int64, which repeatable augmentation of that row this is
+    partner: Tensor | None = None  # (N,) int64 in [0, K), label of what a mixed image was mixed with; None: not mixed
+    share: Tensor | None = None  # (N,) float in [0.5, 1], of its own label
 
 
 class Outputs(NamedTuple):

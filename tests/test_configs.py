@@ -13,6 +13,7 @@ CONF = Path(config.PATH)
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
 MUST = {
     "data=imagefolder": ["data.root=nowhere"],
+    "data=webdataset": ["data.train=nowhere"],
     "student=custom": ["student._target_=distill.models.resnet_cifar.resnet", "+student.depth=8"],
     "student=timm": ["student.name=resnet18"],
     "student=torchvision": ["student.name=resnet18"],
@@ -41,11 +42,13 @@ def test_every_choice_composes_and_builds(file):
             assert cfg.checkpoint is None
         assert callable(build.get_object(cfg._target_))
         return
-    choice = f"{group}=[{name}]" if group in ("loss", "logger", "compress", "export") else f"{group}={name}"
+    choice = f"{group}=[{name}]" if group in ("loss", "augment", "logger", "compress", "export") else f"{group}={name}"
     cfg = composed(choice, *MUST.get(f"{group}={name}", []))
     if group == "loss":
         terms, weights = build.losses(cfg.loss)
         assert list(terms) == list(weights) == [name]
+    elif group == "augment":
+        assert list(instantiate(cfg.augment, _convert_="all")) == [name]
     elif group in ("compress", "export"):
         assert list(build.steps(cfg[group])) == [name]
         assert callable(build.steps(cfg[group])[name])
@@ -55,11 +58,11 @@ def test_every_choice_composes_and_builds(file):
         node = cfg[group] if group != "logger" else cfg.logger[name]
         assert callable(instantiate(node, _partial_=True))
     elif group == "trainer":
-        assert instantiate(cfg.trainer, logger=False).max_epochs == cfg.trainer.max_epochs
+        assert instantiate(cfg.trainer, logger=False, precision="32-true").max_epochs == cfg.trainer.max_epochs
     elif group == "data":
         assert callable(build.get_object(cfg.data._target_))  # instantiated in test_data.py
     else:
-        assert group in ("experiment", "teacher")
+        assert group in ("cache", "experiment", "teacher")
         assert OmegaConf.to_container(cfg, resolve=True)
 
 

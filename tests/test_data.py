@@ -17,10 +17,11 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from test_data_shards import make_shards
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.transforms.v2 import functional as F
 
-from distill.data.augment import CenterCrop, RandomResizedCrop, ShiftFlip
+from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip
 from distill.data.base import cut
 from distill.data.batches import EpochBatches
 from distill.data.cifar10 import cifar10
@@ -33,6 +34,13 @@ from distill.data.imagefolder import imagefolder
 from distill.errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf" / "data"
+
+
+def described(name: str):
+    """conf/data/NAME.yaml, as it is with augment=[]."""
+    return OmegaConf.create({"augment": {}, "data": OmegaConf.load(CONF / f"{name}.yaml")}).data
+
+
 SHARED = os.environ.get("DISTILL_SHARED_DATA")
 needs_shared = pytest.mark.skipif(not SHARED, reason="DISTILL_SHARED_DATA is not set")
 
@@ -322,12 +330,29 @@ def test_workers_change_nothing(data):
     alone, helped = epochs(0), epochs(2)
     assert len(alone) == len(helped) > 4
     for one, two in zip(alone, helped, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_a_split_can_be_sent_to_spawned_workers(data):
     copy = pickle.loads(pickle.dumps(data.train))
     assert torch.equal(copy[[2], [5]].images, data.train[[2], [5]].images)
+
+
+class Elsewhere(torch.Tensor):
+    """Stands in for a tensor on an accelerator."""
+
+
+@pytest.mark.parametrize("free, workers, moves", [(4 * 184_320, 0, True), (4 * 184_319, 0, False), (10**9, 2, False)])
+def test_images_go_to_a_device_that_has_room(monkeypatch, free, workers, moves):
+    data = fake(8, workers, train_size=60)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **_: tensor.as_subclass(Elsewhere))
+    moved = data.resident(torch.device("cuda", 0))
+    assert isinstance(moved.train.images, Elsewhere) == moves and data.resident(torch.device("cpu")) is data
+    assert (moved is data) != moves
+    monkeypatch.undo()
+    assert torch.equal(moved.train[[3], [1]].images.as_subclass(torch.Tensor), data.train[[3], [1]].images)
+    assert moved.fingerprint == data.fingerprint
 
 
 # ---- splits and fingerprints -----------------------------------------------------------------------------
@@ -400,7 +425,7 @@ def test_digits():
     train, test = (split.images[:, 0].flatten(1).float() for split in (data.train, data.test))
     nearest = torch.cdist(test, train).argmin(1)
     assert (data.train.labels[nearest] == data.test.labels).double().mean() > 0.95  # pixels fit labels
-    assert data.train.transform == ShiftFlip(padding=3, flip=False)
+    assert data.train.transform == Chain((ShiftFlip(padding=3, flip=False),))
     assert torch.equal(data.train.images[:, 0], data.train.images[:, 2])
     again, other = digits(8, 2), digits(64, 0, split_seed=1)
     assert again.fingerprint == data.fingerprint != other.fingerprint
@@ -455,14 +480,13 @@ def make_fashion(root: Path) -> Path:
 @pytest.mark.parametrize("dataset, train", [(CIFAR10, 100), (CIFAR100, 20)])
 def test_cifar(tmp_path, monkeypatch, dataset, train):
     make_cifar(tmp_path, dataset, monkeypatch)
-    cfg = OmegaConf.load(CONF / f"{dataset.__name__.lower()}.yaml")
-    data = instantiate(cfg, root=str(tmp_path))
+    data = instantiate(described(dataset.__name__.lower()), root=str(tmp_path))
     assert data.classes == ["red", "blue"] and data.image_size == 32
     assert [len(s) for s in (data.train, data.val, data.test)] == [train * 9 // 10, train // 10, 20]
     source = dataset(tmp_path, train=False)
     assert torch.equal(data.test[[7], [0]].images[0], F.pil_to_tensor(source[7][0]) / 255)
     assert data.test.labels.tolist() == source.targets
-    assert data.train.transform == ShiftFlip(4, True)
+    assert data.train.transform == Chain((ShiftFlip(4, True),))
 
 
 def test_fashion_mnist(tmp_path):
@@ -500,13 +524,15 @@ MADE = {
     "cifar100": lambda root, patch: {"root": str(make_cifar(root, CIFAR100, patch))},
     "fashion_mnist": lambda root, patch: {"root": str(make_fashion(root))},
     "imagefolder": lambda root, patch: {"root": str(make_folder(root, {"a": 20, "b": 20}))},
+    "webdataset": lambda root, patch: {"train": str(make_shards(root / "train", 2, 20)) + "-*.tar"},
 }
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_every_config_gives_data(name, tmp_path, monkeypatch):
     overrides = MADE[name](tmp_path, monkeypatch) if name in MADE else {}
-    data = instantiate(OmegaConf.load(CONF / f"{name}.yaml"), **overrides)
+    monkeypatch.chdir(tmp_path)  # packs lie there
+    data = instantiate(described(name), **overrides)
     batch = next(iter(data.train_loader(0)))
     assert batch.images.shape[1:] == (3, data.image_size, data.image_size)
     assert set(batch.labels.tolist()) <= set(range(data.num_classes))
@@ -514,10 +540,11 @@ def test_every_config_gives_data(name, tmp_path, monkeypatch):
 
 
 def test_augment_is_chosen_by_its_target():
-    augment = {"_target_": "distill.data.augment.RandomResizedCrop", "scale": [0.5, 1.0]}
-    cfg = OmegaConf.merge(OmegaConf.load(CONF / "fake.yaml"), {"augment": augment})
-    batch = next(iter(instantiate(cfg).train_loader(0)))
-    assert batch.images.shape == (64, 3, 32, 32)
+    augment = {"mine": {"_target_": "distill.data.augment.RandomResizedCrop", "scale": [0.5, 1.0]}}
+    cfg = OmegaConf.create({"augment": augment, "data": OmegaConf.load(CONF / "fake.yaml")}).data
+    data = instantiate(cfg, _convert_="all")
+    assert data.train.transform == Chain((RandomResizedCrop(scale=[0.5, 1.0]),))
+    assert next(iter(data.train_loader(0))).images.shape == (64, 3, 32, 32)
 
 
 @pytest.mark.parametrize("numbers", [{"batch_size": 0, "num_workers": 0}, {"batch_size": 4, "num_workers": -1}])
@@ -565,11 +592,11 @@ def test_layouts(tmp_path, folders, sizes, side):
 
 def test_small_images_are_shifted_and_larger_ones_cropped(tmp_path, photos):
     small = imagefolder(str(make_folder(tmp_path, {"a": 20, "b": 20})), 4, 0)
-    assert small.train.transform == ShiftFlip(4, True) and small.test.transform is None
+    assert small.train.transform == Chain((ShiftFlip(4, True),)) and small.test.transform is None
     large = imagefolder(str(photos), 4, 0)
-    assert large.train.transform == RandomResizedCrop() and large.test.transform == CenterCrop()
+    assert large.train.transform == Chain((RandomResizedCrop(),)) and large.test.transform == CenterCrop()
     with pytest.raises(UserError, match="RandomResizedCrop"):
-        imagefolder(str(photos), 4, 0, augment=ShiftFlip())
+        imagefolder(str(photos), 4, 0, augment={"shift_flip": ShiftFlip()})
 
 
 def test_image_size(tmp_path):

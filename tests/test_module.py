@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
+from torch.ao.quantization import FakeQuantize
 
 from distill import build, config
 from distill.data.fake import fake
@@ -18,6 +19,7 @@ from distill.losses.kd import KD
 from distill.models.resnet_cifar import resnet
 from distill.module import Distill
 from distill.network import Network
+from distill.precision import precision
 from distill.teachers import Frozen, content_hash
 
 TAPS = {"stage1": "layer1", "stage2": "layer2", "stage3": "layer3", "pooled": "linear:in"}
@@ -245,3 +247,41 @@ def test_the_plain_network_normalises_and_is_a_copy_without_hooks():
     with torch.no_grad():
         net.net.body[3].bias.add_(1)
     assert not torch.equal(plain[1].body[3].bias, net.net.body[3].bias)
+
+
+def test_a_compiled_student_learns_the_same_under_the_same_names(data, monkeypatch, capsys):
+    losses = {"ce": CE(), "kd": KD(), "fitnet": FitNet()}
+    usual = distil(data, losses)
+    compiled = []
+
+    def trace(self, **options):  # Dynamo's part of torch.compile; its code generation takes a minute
+        compiled.append(self)
+        nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(Network, "compile", trace)
+    module = distil(data, {"ce": CE(), "kd": KD(), "fitnet": FitNet()}, compile=True)
+    assert compiled == [module.student]
+    assert "compiled with 0 graph breaks" in capsys.readouterr().out
+    assert module.state_dict().keys() == usual.state_dict().keys()
+    for one, other in zip(module.student.parameters(), usual.student.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def precision_on(monkeypatch, bf16: bool, net: nn.Module, asked="auto", accelerator="cpu") -> str:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    return precision(asked, accelerator, [net])
+
+
+def test_precision_is_bfloat16_where_the_machine_and_the_network_gain(monkeypatch):
+    usual, depthwise = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+    assert precision_on(monkeypatch, True, usual) == "bf16-mixed"
+    assert precision_on(monkeypatch, False, usual) == "32-true"
+    assert precision_on(monkeypatch, True, nn.Sequential(usual, depthwise)) == "32-true"
+    assert precision_on(monkeypatch, True, nn.Sequential(usual, FakeQuantize())) == "32-true"
+    assert precision_on(monkeypatch, True, usual, asked="32-true") == "32-true"
+    assert precision_on(monkeypatch, False, usual, asked="16-mixed") == "16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        found = precision_on(monkeypatch, False, depthwise, accelerator="gpu")
+        assert found == ("bf16-mixed" if native else "32-true")

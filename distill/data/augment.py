@@ -1,10 +1,11 @@
 """Augmentations as pure functions of images and uniform numbers: `augment(images, uniforms, size)`.
 
-`count` is how many uniforms an image needs. Pixels stay uint8; nothing here draws a random number.
+`count` is how many uniforms an image needs. Pixels stay uint8; nothing here draws a random number, and no image's bits
+depend on the others of its batch: sums are of whole numbers, and floats are worked on one operation at a time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,50 @@ from torchvision.transforms.v2 import functional as F
 
 from distill.errors import UsageError
 
+SMALL = 64  # px: images up to this side are kept in memory and worked on a batch at a time
 _TRIES = 10
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Augmentations one after the other; then, with `mixes`, each image is mixed with another one's view.
+
+    Where there are several mixes, each image draws one of them. See distill/data/mix.py.
+    """
+
+    steps: tuple[Callable, ...]
+    mixes: tuple = ()
+
+    @property
+    def count(self) -> int:
+        return sum(step.count for step in self.steps)
+
+    @property
+    def mix_count(self) -> int:
+        """Uniforms that `mix` needs: one chooses the mix."""
+        return 1 + max(mix.count for mix in self.mixes)
+
+    def __call__(self, images: Tensor | Sequence[Tensor], uniforms: Tensor, size: int) -> Tensor:
+        """What the first step takes, and uniforms (N, count): (N, C, size, size) uint8."""
+        for step, part in zip(self.steps, uniforms.split([step.count for step in self.steps], dim=1), strict=True):
+            images = step(images, part, size)
+        return images
+
+    def mix(self, images: Tensor, partners: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """images, partners (N, C, H, W) in [0, 1], uniforms (N, mix_count): mixed, and the own label's share (N,)."""
+        mixed, share = images.clone(), images.new_ones(len(images))
+        chosen = (uniforms[:, 0] * len(self.mixes)).long()
+        for number, mix in enumerate(self.mixes):
+            rows = (chosen == number).nonzero()[:, 0]
+            mixed[rows], share[rows] = mix.mix(images[rows], partners[rows], uniforms[rows, 1 : 1 + mix.count])
+        return mixed, share
+
+
+def chain(augment: Mapping[str, Callable] | None, default: Callable) -> Chain:
+    """The augmentations of `augment` in their order, mixes last; `default` where no step is given."""
+    given = tuple((augment or {}).values())
+    steps = tuple(step for step in given if not hasattr(step, "mix"))
+    return Chain(steps or (default,), tuple(step for step in given if hasattr(step, "mix")))
 
 
 @dataclass(frozen=True)
@@ -33,13 +77,49 @@ class ShiftFlip:
         """images (N, C, H, W) of any dtype, uniforms (N, 3): a new (N, C, H, W); `size` is not used."""
         _, channels, height, width = images.shape
         offsets = (uniforms[:, :2] * (2 * self.padding + 1)).long()  # 0 … 2 · padding, evenly
-        rows = offsets[:, :1] + torch.arange(height)  # (N, H) in the padded image
-        columns = offsets[:, 1:] + torch.arange(width)  # (N, W)
+        rows = offsets[:, :1] + torch.arange(height, device=images.device)  # (N, H) in the padded image
+        columns = offsets[:, 1:] + torch.arange(width, device=images.device)  # (N, W)
         if self.flip:
             columns = torch.where(uniforms[:, 2:] < 0.5, columns.flip(1), columns)
         pixels = (rows[:, :, None] * (width + 2 * self.padding) + columns[:, None, :]).flatten(1)  # (N, H·W)
         padded = pad(images, [self.padding] * 4).flatten(2)
         return padded.gather(2, pixels[:, None, :].expand(-1, channels, -1)).view(images.shape)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror half of the images."""
+
+    count = 1
+
+    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+        """images (N, C, H, W), uniforms (N, 1): a new (N, C, H, W); `size` is not used."""
+        return torch.where(uniforms[:, :, None, None] < 0.5, images.flip(3), images)
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A grey square of `size` pixels anywhere, parts of it outside included (DeVries & Taylor 2017).
+
+    The paper puts zeros into normalised images, which is about the mean: hence `fill`.
+    """
+
+    size: int = 8
+    fill: int = 128
+    count = 2
+
+    def __post_init__(self):
+        if self.size < 1 or not 0 <= self.fill <= 255:
+            raise UsageError(f"Cutout: size must be at least 1 and fill 0 to 255, not {self.size} and {self.fill}")
+
+    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+        """images (N, C, H, W) uint8, uniforms (N, 2): a new (N, C, H, W); the argument `size` is not used."""
+        inside = []
+        for side, uniform in zip(images.shape[2:], uniforms.split(1, dim=1), strict=True):
+            corner = (uniform * side).long() - self.size // 2  # (N, 1)
+            place = torch.arange(side, device=images.device)
+            inside.append((place >= corner) & (place < corner + self.size))  # (N, H) and (N, W)
+        return images.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], self.fill)
 
 
 @dataclass(frozen=True)
@@ -53,6 +133,7 @@ class RandomResizedCrop:
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     flip: bool = True
     count = 2 * _TRIES + 3
+    crops = True  # takes images of any sizes
 
     def __post_init__(self):
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
@@ -63,13 +144,14 @@ class RandomResizedCrop:
 
     def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: int) -> Tensor:
         """N images (C, H, W) uint8 of any sizes, and uniforms (N, 23): (N, C, size, size) uint8."""
-        sizes = torch.tensor([image.shape[1:] for image in images])  # (N, 2) height, width
-        flips = (self.flip & (uniforms[:, -1] < 0.5)).tolist()
-        crops = []
-        for image, box, flip in zip(images, self.boxes(sizes, uniforms).tolist(), flips, strict=True):
-            crop = F.resized_crop(image, *box, [size, size], antialias=True)
-            crops.append(crop.flip(2) if flip else crop)
-        return torch.stack(crops)
+        sizes = torch.tensor([image.shape[1:] for image in images], device=uniforms.device)  # (N, 2) height, width
+        boxes, flips = self.boxes(sizes, uniforms), self.flip & (uniforms[:, -1] < 0.5)
+        if isinstance(images, Tensor) and max(images.shape[2:]) <= SMALL:
+            crops = _resized_crops(images, boxes, size)
+        else:  # dense matrices would cost more than a loop
+            pairs = zip(images, boxes.tolist(), strict=True)
+            crops = torch.stack([F.resized_crop(image, *box, [size, size], antialias=True) for image, box in pairs])
+        return torch.where(flips[:, None, None, None], crops.flip(3), crops)
 
     def boxes(self, sizes: Tensor, uniforms: Tensor) -> Tensor:
         """(N, 2) heights and widths, uniforms (N, 23) → (N, 4) int64: top, left, height, width.
@@ -79,11 +161,11 @@ class RandomResizedCrop:
         """
         size = sizes.double()[:, None]  # (N, 1, 2)
         areas, ratios = uniforms[:, : 2 * _TRIES].double().chunk(2, dim=1)  # (N, 10) each
-        areas = torch.lerp(*torch.tensor(tuple(self.scale)).double(), areas) * size.prod(-1)
-        ratios = torch.lerp(*torch.tensor(tuple(self.ratio)).double().log(), ratios).exp()
+        areas = torch.lerp(*areas.new_tensor(tuple(self.scale)), areas) * size.prod(-1)
+        ratios = torch.lerp(*areas.new_tensor(tuple(self.ratio)).log(), ratios).exp()
         tries = torch.stack([(areas / ratios).sqrt(), (areas * ratios).sqrt()], -1).round()  # (N, 10, 2)
         fits = ((tries <= size) & (tries >= 1)).all(-1)
-        chosen = tries[torch.arange(len(sizes)), fits.byte().argmax(1)]  # (N, 2)
+        chosen = tries[torch.arange(len(sizes), device=sizes.device), fits.byte().argmax(1)]  # (N, 2)
 
         height, width = sizes.double().unbind(1)
         low, high = self.ratio
@@ -95,6 +177,32 @@ class RandomResizedCrop:
         return torch.cat([corner, extent], 1)
 
 
+def _resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Boxes (N, 4) of images (N, C, H, W) uint8, resized with antialiasing by two matrices each: (N, C, size, size).
+
+    The weights are multiples of 2^-14, so that products and sums are exact in float32 in whatever order.
+    """
+    count, channels, height, width = images.shape
+    down, across = (
+        _triangles(boxes[:, axis], boxes[:, axis + 2], side, size) for axis, side in enumerate((height, width))
+    )
+    pixels = images.flatten(1, 2).float() @ across.mT  # (N, C·H, size)
+    pixels = pixels.round_().view(count, channels, height, size).mT.flatten(1, 2)  # rounded in between, as Pillow does
+    pixels = (pixels @ down.mT).round_().clamp_(0, 255)  # (N, C·size, size): columns, rows
+    return pixels.to(torch.uint8).view(count, channels, size, size).mT.contiguous()
+
+
+def _triangles(start: Tensor, extent: Tensor, side: int, size: int) -> Tensor:
+    """Weights (N, size, side) of `side` pixels in the `size` that `extent` pixels from `start` become, (N,) each."""
+    start, extent = start[:, None, None], extent[:, None, None]
+    scale = extent / size
+    centers = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (N, size, 1) from `start`
+    pixels = torch.arange(side, device=start.device) + 0.5 - start  # (N, 1, side)
+    weights = (pixels - centers).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
+    weights.mul_((pixels > 0) & (pixels < extent))
+    return weights.div_(weights.sum(2, keepdim=True)).mul_(2**14).round_().div_(2**14)
+
+
 @dataclass(frozen=True)
 class CenterCrop:
     """For evaluation: the short side resized to `resize` times the set's size, then the middle square."""
@@ -104,6 +212,6 @@ class CenterCrop:
 
     def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: int) -> Tensor:
         """N images (C, H, W) uint8 of any sizes, uniforms (N, 0): (N, C, size, size) uint8."""
-        short = math.ceil(self.resize * size)
+        short = math.ceil(round(self.resize * size, 6))  # a quotient times its divisor may be a bit more
         resized = [F.resize(image, [short], antialias=True) for image in images]
         return torch.stack([F.center_crop(image, [size]) for image in resized])

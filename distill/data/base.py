@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distill.data.augment import ShiftFlip
-from distill.data.batches import EpochBatches
+from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip, chain
+from distill.data.batches import EpochBatches, ViewBatches
 from distill.data.draws import draws
-from distill.data.files import Files
+from distill.data.files import Encoded
+from distill.data.pack import Packed, pack, read_small
 from distill.errors import UsageError, UserError
 from distill.types import Batch
 
@@ -23,16 +24,16 @@ class Split(Dataset):
     """Labelled images, read as `split[rows, views] -> Batch`.
 
     Args:
-        images: (N, 3, H, W) uint8, or files.
+        images: (N, 3, H, W) uint8; or encoded, or packed, at a larger size.
         labels: (N,) int64.
         image_size: side of the square images of a batch.
         transform: `transform(images, uniforms, size) -> (N, 3, size, size) uint8`, needing `transform.count`
-            uniforms an image (distill/data/augment.py); None: the images as they are.
+            uniforms an image (distill/data/augment.py), in training a Chain; None: the images as they are.
         training: report rows and views, and let the view decide the uniforms; otherwise index -1, view 0.
         seed: of the views.
     """
 
-    images: Tensor | Files
+    images: Tensor | Encoded | Packed
     labels: Tensor
     image_size: int
     transform: Callable | None = None
@@ -45,13 +46,31 @@ class Split(Dataset):
     def __getitem__(self, index: tuple[Sequence[int], Sequence[int]]) -> Batch:
         """Rows and views, (N,) each: the batch, images (N, 3, image_size, image_size) float32 in [0, 1]."""
         rows, views = (torch.as_tensor(part, dtype=torch.int64) for part in index)
-        images, labels = self.images[rows], self.labels[rows]
         if not self.training:
-            rows, views = torch.full_like(rows, -1), torch.zeros_like(views)
+            return Batch(self._seen(rows, views), self.labels[rows], torch.full_like(rows, -1), torch.zeros_like(views))
+        if isinstance(self.transform, Chain) and self.transform.mixes:
+            return self._mixed(rows, views)
+        return Batch(self._seen(rows, views), self.labels[rows], rows, views)
+
+    def _seen(self, rows: Tensor, views: Tensor) -> Tensor:
+        """(N, 3, image_size, image_size) in [0, 1], not mixed."""
+        images = self.images[rows]
         if self.transform is not None:
             uniforms = draws(self.seed, rows, views, self.transform.count)
+            if isinstance(images, Tensor):  # they may be on an accelerator
+                uniforms = uniforms.to(images.device, non_blocking=True)
             images = self.transform(images, uniforms, self.image_size)
-        return Batch(images.float().div_(255), labels, rows, views)
+        return images.float().div_(255)
+
+    def _mixed(self, rows: Tensor, views: Tensor) -> Batch:
+        """Each row with a partner that its (row, view) draws, which is seen as in its own view of that number."""
+        own = self.transform.count  # the numbers after these are the mix's
+        uniforms = draws(self.seed, rows, views, own + 1 + self.transform.mix_count)[:, own:]
+        partners = (uniforms[:, 0].double() * len(self)).long()
+        images = self._seen(torch.cat([rows, partners]), torch.cat([views, views]))
+        uniforms = uniforms.to(images.device, non_blocking=True)
+        images, share = self.transform.mix(*images.chunk(2), uniforms[:, 1:])
+        return Batch(images, self.labels[rows], rows, views, self.labels[partners], share)
 
 
 @dataclass(eq=False)
@@ -84,13 +103,34 @@ class Data:
         for split in (self.train, self.val, self.test):
             digest.update(f"{len(split)} labels and images".encode())
             digest.update(split.labels.numpy())
-            files = isinstance(split.images, Files)
-            digest.update(split.images.listing() if files else split.images.contiguous().numpy())
+            pixels = isinstance(split.images, Tensor)
+            digest.update(split.images.contiguous().cpu().numpy() if pixels else split.images.listing())
         return digest.hexdigest()
 
-    def train_loader(self, seed: int) -> DataLoader:
-        """Batches in the order and the views of `seed`; `loader.sampler` is its EpochBatches."""
-        return self._loader(replace(self.train, seed=seed), EpochBatches(len(self.train), self.batch_size, seed))
+    def resident(self, device: torch.device) -> "Data":
+        """The same with its training images on a CUDA device, and augmented there, if a quarter of it holds them."""
+        images = self.train.images
+        if device.type != "cuda" or self.num_workers or not isinstance(images, Tensor):
+            return self
+        free, _ = torch.cuda.mem_get_info(device)
+        if images.nbytes > free / 4:
+            return self
+        return replace(self, train=replace(self.train, images=images.to(device)))
+
+    def train_loader(self, seed: int, views: int | None = None, view_seed: int | None = None) -> DataLoader:
+        """Batches in the order of `seed`; `loader.sampler` is its EpochBatches.
+
+        Args:
+            views: how many repeatable views of a row take turns over the epochs; None: a new one every epoch.
+            view_seed: of the views; None: `seed`.
+        """
+        split = replace(self.train, seed=seed if view_seed is None else view_seed)
+        return self._loader(split, EpochBatches(len(self.train), self.batch_size, seed, views))
+
+    def views_loader(self, views: int, view_seed: int) -> DataLoader:
+        """Every training row in each of its first `views` views, in batches as large as in training."""
+        split = replace(self.train, seed=view_seed)
+        return self._loader(split, ViewBatches(len(self.train), self.batch_size, views))
 
     def val_loader(self) -> DataLoader:
         """Every validation image once, in order and in every process, in batches twice as large."""
@@ -107,7 +147,7 @@ class Data:
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not getattr(split.images, "is_cuda", False),
         )
 
 
@@ -120,16 +160,18 @@ def from_arrays(
     train: tuple[Tensor, Tensor],
     val: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
-    augment: Callable | None,
+    augment: Mapping[str, Callable] | None,
     batch_size: int,
     num_workers: int,
+    default: Callable = ShiftFlip(),  # noqa: B008 - a frozen value
 ) -> Data:
     """An image set in memory, from (images, labels) pairs.
 
     Args:
         images: (N, 1 or 3, S, S) uint8; grey becomes three equal channels.
         labels: (N,) int64.
-        augment: None: `ShiftFlip()`.
+        augment: augmentations by name, in order (distill/data/augment.py).
+        default: used where `augment` has none, mixes apart.
     """
     size = train[0].shape[-1]
 
@@ -137,8 +179,58 @@ def from_arrays(
         images, labels = pair
         return Split(images.expand(-1, 3, -1, -1).contiguous(), labels, size, **training)
 
-    training = split(train, transform=augment or ShiftFlip(), training=True)
+    training = split(train, transform=chain(augment, default), training=True)
     return Data(list(classes), size, training, split(val), split(test), batch_size, num_workers)
+
+
+def from_encoded(
+    classes: Sequence[str],
+    images: Encoded,
+    labels: Tensor,
+    rows: Mapping[str, Tensor],
+    image_size: int | None,
+    pack_size: int | None,
+    store: str | None,
+    augment: Mapping[str, Callable] | None,
+    batch_size: int,
+    num_workers: int | None,
+) -> Data:
+    """An image set of encoded images: in memory if they are small, packed if asked to, else decoded batch by batch.
+
+    Args:
+        labels: (N,) int64, of all images.
+        rows: of train, val and test, (n,) int64 each.
+        image_size: None: that of the images if all are equal squares of at most 64 px, otherwise 224.
+        pack_size: side of packed squares, from which views are cropped; None: images are not packed.
+        store: folder of packs.
+        num_workers: None: 2, and none for images in memory.
+    """
+    lengths = [len(part) for part in rows.values()]
+    if pack_size is None:
+        pixels = read_small(images.select(torch.cat(list(rows.values()))), image_size, store)
+        if pixels is not None:
+            pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
+            return from_arrays(classes, *pairs, augment, batch_size, num_workers or 0)
+
+    size, packed = image_size or 224, None
+    if pack_size is not None:
+        if pack_size < size or store is None:
+            raise UsageError(f"data.pack={pack_size}: must be at least data.image_size ({size}), and needs data.store")
+        packed = pack(images, pack_size, store)
+    transform = chain(augment, RandomResizedCrop())
+    if not getattr(transform.steps[0], "crops", False) and (packed is None or pack_size != size):
+        raise UsageError(
+            f"augment: images larger than {size} px must be cropped first, by RandomResizedCrop: "
+            "'augment=[resized_crop,...]'"
+        )
+    splits = {
+        split: images.select(part) if packed is None else Packed(packed, images.select(part), part)
+        for split, part in rows.items()
+    }
+    whole = CenterCrop() if packed is None else CenterCrop(min(CenterCrop.resize, pack_size / size))
+    train = Split(splits["train"], labels[rows["train"]], size, transform, training=True)
+    val, test = (Split(splits[split], labels[rows[split]], size, whole) for split in ("val", "test"))
+    return Data(list(classes), size, train, val, test, batch_size, 2 if num_workers is None else num_workers)
 
 
 def cut(labels: Tensor, fractions: Sequence[float], seed: int, classes: Sequence[str]) -> list[Tensor]:
@@ -175,3 +267,25 @@ def cut(labels: Tensor, fractions: Sequence[float], seed: int, classes: Sequence
         for part, share in zip(parts, rows.split([rest, *counts]), strict=True):
             part.append(share)
     return [torch.cat(part).sort().values for part in parts]
+
+
+def hold_out(
+    labels: Mapping[str, Tensor], fractions: Mapping[str, float], seed: int, classes: Sequence[str]
+) -> dict[str, Tensor]:
+    """Rows of train, val and test in the concatenation of the splits that are given, train first.
+
+    A lone val is the test set, so that nothing is chosen by what is reported. What is missing is cut from train.
+
+    Args:
+        labels: (n,) int64 of each split given: train and, if there, val and test.
+        fractions: of train, for val and test where they are cut.
+    """
+    parts = torch.arange(sum(map(len, labels.values()))).split([len(part) for part in labels.values()])
+    rows = dict(zip(labels, parts, strict=True))
+    if "val" in rows and "test" not in rows:
+        rows["test"] = rows.pop("val")
+    missing = [split for split in ("val", "test") if split not in rows]
+    if missing:
+        cuts = cut(labels["train"], [fractions[split] for split in missing], seed, classes)
+        rows |= dict(zip(["train", *missing], cuts, strict=True))
+    return {split: rows[split] for split in ("train", "val", "test")}

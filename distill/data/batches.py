@@ -12,17 +12,19 @@ from distill.data.draws import stream
 class EpochBatches(Sampler):
     """The batches of an epoch, each as (rows, views), in an order that depends on (seed, epoch) only.
 
-    A view is the epoch's number. With several processes each has its own rows, equally many; what is left
-    over is dropped, and so is the last batch unless it is full or the only one: other rows in each epoch.
+    A view is the epoch's number, modulo `views` where only so many are wanted. With several processes each has its
+    own rows, equally many; what is left over is dropped, and so is the last batch unless it is full or the only one:
+    other rows in each epoch.
 
     Args:
         size: rows in the training set.
         batch_size: of one process.
         seed: of the order.
+        views: how many views of a row take turns over the epochs; None: a new one in every epoch.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    def __init__(self, size: int, batch_size: int, seed: int, views: int | None = None):
+        self.size, self.batch_size, self.seed, self.views = size, batch_size, seed, views
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -44,8 +46,33 @@ class EpochBatches(Sampler):
         generator = torch.Generator().manual_seed(stream(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator)
         mine = order[rank::processes][: self.size // processes]
-        epoch, batches = self.epoch, mine.split(self.batch_size)[: len(self)]
-        return ((rows.tolist(), [epoch] * len(rows)) for rows in batches[self.start :])
+        view = self.epoch % self.views if self.views else self.epoch
+        batches = mine.split(self.batch_size)[: len(self)]
+        return ((rows.tolist(), [view] * len(rows)) for rows in batches[self.start :])
+
+
+class ViewBatches(Sampler):
+    """Every row in each of `views` views, in order, to ask a teacher ahead: all batches of a process are equally large.
+
+    The last batch of a view is filled up with rows from the start, so that none is asked in another size than in
+    training.
+    """
+
+    def __init__(self, size: int, batch_size: int, views: int):
+        self.size, self.batch_size, self.views = size, batch_size, views
+
+    def __len__(self) -> int:
+        return self.views * -(-self.size // self._batch() // _processes()[1])
+
+    def _batch(self) -> int:
+        return min(self.batch_size, self.size // _processes()[1])
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+        (rank, processes), batch = _processes(), self._batch()
+        per_view = len(self) // self.views * processes
+        order = torch.arange(per_view * batch) % self.size
+        mine = order.split(batch)[rank::processes]
+        return ((rows.tolist(), [view] * batch) for view in range(self.views) for rows in mine)
 
 
 def _processes() -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """CIFAR-10: 60,000 colour images of 32×32 pixels, 10 classes of 6,000 (Krizhevsky 2009)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torchvision.datasets import CIFAR10
 
@@ -14,7 +14,7 @@ def cifar10(
     num_workers: int,
     val_fraction: float = 0.1,
     split_seed: int = 0,
-    augment: Callable | None = None,
+    augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """The official test set; validation is cut from training. By default shifted and mirrored."""
     remedy = f"put {CIFAR10.filename} from {CIFAR10.url} into that folder"

@@ -1,6 +1,6 @@
 """CIFAR-100: 60,000 colour images of 32×32 pixels, 100 classes of 600 (Krizhevsky 2009)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torchvision.datasets import CIFAR100
 
@@ -14,7 +14,7 @@ def cifar100(
     num_workers: int,
     val_fraction: float = 0.1,
     split_seed: int = 0,
-    augment: Callable | None = None,
+    augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """The official test set; validation is cut from training. By default shifted and mirrored."""
     remedy = f"put {CIFAR100.filename} from {CIFAR100.url} into that folder"

@@ -1,6 +1,6 @@
 """Handwritten digits that come with scikit-learn: 1,797 grey images of 8×8 pixels, brought to 32×32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn.functional import interpolate
@@ -15,7 +15,7 @@ def digits(
     val_fraction: float = 0.15,
     test_fraction: float = 0.3,
     split_seed: int = 0,
-    augment: Callable | None = None,
+    augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """UCI's Optical Recognition of Handwritten Digits, its test part (Alpaydin and Kaynak, 1998); CC BY 4.0.
 
@@ -30,4 +30,4 @@ def digits(
     classes = [str(name) for name in source.target_names]
     rows = cut(labels, (val_fraction, test_fraction), split_seed, classes)
     splits = ((images[part], labels[part]) for part in rows)
-    return from_arrays(classes, *splits, augment or ShiftFlip(padding=3, flip=False), batch_size, num_workers)
+    return from_arrays(classes, *splits, augment, batch_size, num_workers, ShiftFlip(padding=3, flip=False))

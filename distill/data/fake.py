@@ -1,6 +1,6 @@
 """Made images whose classes can be learned: for tests and benchmarks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn.functional import interpolate
@@ -16,7 +16,7 @@ def fake(
     train_size: int = 600,
     image_size: int = 32,
     seed: int = 0,
-    augment: Callable | None = None,
+    augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """Each class is a smooth colour pattern under noise; validation and test are a third of training each.
 

@@ -1,6 +1,6 @@
 """Fashion-MNIST: 70,000 grey images of 28×28 pixels, 10 classes (Xiao et al. 2017), padded to 32×32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch.nn.functional import pad
 from torchvision.datasets import FashionMNIST
@@ -15,7 +15,7 @@ def fashion_mnist(
     num_workers: int,
     val_fraction: float = 0.1,
     split_seed: int = 0,
-    augment: Callable | None = None,
+    augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """The official test set; validation is cut from training. By default shifted and mirrored."""
     names = ", ".join(name for name, _ in FashionMNIST.resources)

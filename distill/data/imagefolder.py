@@ -1,17 +1,16 @@
 """Your own images: a folder for each class, in one folder or in train/, val/ and test/."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from distill.data.augment import CenterCrop, RandomResizedCrop, ShiftFlip
-from distill.data.base import Data, Split, cut, from_arrays
-from distill.data.files import Files, read_small
-from distill.errors import UsageError, UserError
+from distill.data.base import Data, from_encoded, hold_out
+from distill.data.files import Files
+from distill.errors import UserError
 
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
@@ -24,7 +23,9 @@ def imagefolder(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     split_seed: int = 0,
-    augment: Callable | None = None,
+    augment: Mapping[str, Callable] | None = None,
+    pack: int | None = None,
+    store: str | None = None,
 ) -> Data:
     """Images of every mode as RGB; classes are the folders' names in order, and the same in every split.
 
@@ -32,13 +33,16 @@ def imagefolder(
     the test set and validation is cut from train/, so that nothing is chosen by what is reported. With only
     train/ or class folders both are cut. Cuts are stratified.
 
-    If every image is at most 64 px and so is `image_size`, all are decoded once, into memory; otherwise they
+    If every image is at most 64 px and so is `image_size`, all are decoded once, into one array; otherwise they
     are decoded batch by batch, cropped at random in training and in the middle in evaluation.
 
     Args:
         image_size: side of the squares that networks see; None: that of the images if all are equal squares
             of at most 64 px, otherwise 224.
         val_fraction, test_fraction: of the folder that is cut.
+        pack: side of squares to which large images are resized and cropped once, so that no batch has to decode
+            them; what is outside of the middle square is never seen. None: they are decoded every time.
+        store: folder that keeps decoded arrays for the next run; None: nothing is kept.
 
     Raises:
         UserError: the folder is missing, empty, or not laid out as said, or a class is too small to be cut.
@@ -47,31 +51,21 @@ def imagefolder(
     listed = {split: _class_files(folder, base) for split, folder in _split_folders(base).items()}
     classes = _same_classes(listed)
 
-    names = {split: [name for files in found.values() for name in files] for split, found in listed.items()}
+    names = [name for found in listed.values() for files in found.values() for name in files]
     labels = {split: _labels(found) for split, found in listed.items()}
-    if "val" in names and "test" not in names:
-        names["test"], labels["test"] = names.pop("val"), labels.pop("val")
-    fractions = {"val": val_fraction, "test": test_fraction}
-    missing = [split for split in fractions if split not in names]
-    if missing:
-        parts = cut(labels["train"], [fractions[split] for split in missing], split_seed, classes)
-        whole = names["train"], labels["train"]
-        for split, rows in zip(["train", *missing], parts, strict=True):
-            names[split], labels[split] = [whole[0][row] for row in rows.tolist()], whole[1][rows]
-
-    pixels = read_small(base, names["train"] + names["val"] + names["test"], image_size)
-    if pixels is not None:
-        arrays = pixels.split([len(names[split]) for split in _SPLITS])
-        pairs = [(images, labels[split]) for images, split in zip(arrays, _SPLITS, strict=True)]
-        return from_arrays(classes, *pairs, augment, batch_size, num_workers or 0)
-
-    if isinstance(augment, ShiftFlip):
-        raise UsageError("data.augment: ShiftFlip is for images of at most 64 px; here use RandomResizedCrop or null")
-    size = image_size or 224
-    files = {split: Files(base, names[split], size) for split in _SPLITS}
-    train = Split(files["train"], labels["train"], size, augment or RandomResizedCrop(), training=True)
-    val, test = (Split(files[split], labels[split], size, CenterCrop()) for split in ("val", "test"))
-    return Data(classes, size, train, val, test, batch_size, 2 if num_workers is None else num_workers)
+    rows = hold_out(labels, {"val": val_fraction, "test": test_fraction}, split_seed, classes)
+    return from_encoded(
+        classes,
+        Files(base, names, image_size or 224),
+        torch.cat(list(labels.values())),
+        rows,
+        image_size,
+        pack,
+        store,
+        augment,
+        batch_size,
+        num_workers,
+    )
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

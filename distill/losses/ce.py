@@ -9,6 +9,8 @@ from distill.losses.base import Loss
 class CE(Loss):
     """-Σ_k y_k log p_k, batch mean, where y is the label, smoothed (Szegedy et al. 2016, §7).
 
+    Of a mixed image (Zhang et al. 2018, Yun et al. 2019) y is share · its own label + (1 - share) · its partner's.
+
     Args:
         label_smoothing: share of the target spread evenly over all classes, in [0, 1).
     """
@@ -20,4 +22,10 @@ class CE(Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, student, teacher, batch) -> Tensor:
-        return F.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        if batch.partner is None:
+            return F.cross_entropy(student.logits, batch.labels, label_smoothing=self.label_smoothing)
+        own, partner = (
+            F.cross_entropy(student.logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+            for labels in (batch.labels, batch.partner)
+        )
+        return (batch.share * own + (1 - batch.share) * partner).mean()

@@ -1,0 +1,172 @@
+"""Images decoded once, into one uint8 array in a file that is mapped into memory, not read.
+
+The file is NumPy's .npy, named by a hash of what was packed: names, sizes, times of change, and the side. Processes
+share its pages, and the next run opens it at once.
+"""
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from distill.data.augment import SMALL, CenterCrop
+from distill.data.files import Encoded, tensor
+from distill.files import atomic
+from distill.progress import say
+
+_FORMAT = 1  # of what is packed: a change of how images are decoded or cropped packs anew
+_CHUNK = 256  # images decoded at once
+
+
+class Packed:
+    """Squares of a pack, as `packed[rows] -> (N, 3, size, size) uint8`.
+
+    Args:
+        pixels: (M, 3, size, size), from `pack`; a copy sent to another process opens the file there.
+        source: of the pack's rows that belong here, for `listing`.
+        rows: where these are in the pack, (N,) int64.
+    """
+
+    def __init__(self, pixels: np.memmap, source: Encoded, rows: Tensor):
+        self.pixels, self.source, self.rows = pixels, source, rows.numpy()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(self.pixels[self.rows[rows.numpy()]]))
+
+    def listing(self) -> bytes:
+        return self.source.listing() + f"packed at {self.pixels.shape[-1]}".encode()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "pixels": self.pixels.filename}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = {**state, "pixels": np.load(state["pixels"], mmap_mode="c")}
+
+
+def read_small(images: Encoded, size: int | None, store: str | None) -> Tensor | None:
+    """All images as one (N, 3, size, size) uint8 array; None where they do not suit one.
+
+    They suit if none has a side above 64 px and, without `size`, if all are squares of the same size.
+    With `size` they are resized and cropped to it where they differ.
+
+    Args:
+        store: folder in which the array is kept and found again; None: it is in memory only.
+    """
+    first = images.decode(0)
+    side = size or len(first)
+    if max(side, *first.shape) > SMALL:
+        return None
+    if store is None:
+        pixels = _small(images, side, resize=size is not None)
+        return None if pixels is None else torch.from_numpy(pixels)
+    pixels = None
+    path = _path(store, images, f"small {size}")
+    try:
+        with _lock(path):
+            pixels = _open(path)
+            if pixels is None:
+                pixels = _small(images, side, resize=size is not None)
+                if pixels is None:
+                    return None
+                _write(path, pixels.shape, [pixels])
+                pixels = _open(path)
+    except OSError as error:
+        say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are kept in memory")
+        if pixels is None:
+            pixels = _small(images, side, resize=size is not None)
+    return None if pixels is None else torch.from_numpy(pixels)
+
+
+def pack(images: Encoded, size: int, store: str) -> np.memmap | None:
+    """The middle square of every image, its side resized to `size`: (N, 3, size, size) uint8, made once.
+
+    Returns:
+        None where it can't be written: said, and the images are to be decoded as they are.
+    """
+    path = _path(store, images, f"squares {size}")
+    try:
+        with _lock(path):
+            pixels = _open(path)
+            if pixels is None:
+                shape = (len(images), 3, size, size)
+                say(f"packing {len(images):,} images at {size} px, {math.prod(shape) / 1e9:.2f} GB → {path}")
+                _write(path, shape, _squares(images, size))
+                pixels = _open(path)
+            return pixels
+    except OSError as error:
+        say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are decoded every time")
+        return None
+
+
+def _small(images: Encoded, side: int, resize: bool) -> np.ndarray | None:
+    pixels = np.empty((len(images), 3, side, side), np.uint8)
+    for row in range(len(images)):  # threads would be slower: so little of it is done outside Python's lock
+        image = images.decode(row)
+        if image.shape == (side, side, 3):
+            pixels[row] = image.transpose(2, 0, 1)
+        elif resize and max(image.shape) <= SMALL:
+            pixels[row] = _square(image, side)
+        else:
+            return None
+    return pixels
+
+
+def _squares(images: Encoded, size: int) -> Iterator[np.ndarray]:
+    """(n, 3, size, size) at a time, in order."""
+    decode: Callable[[int], np.ndarray] = lambda row: _square(images.decode(row, 2 * size), size)  # noqa: E731
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(images), _CHUNK):
+            yield np.stack(list(pool.map(decode, range(start, min(start + _CHUNK, len(images))))))
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) → (3, size, size)"""
+    return CenterCrop(resize=1.0)([tensor(image)], torch.empty(1, 0), size)[0].numpy()
+
+
+def _path(store: str, images: Encoded, what: str) -> Path:
+    key = hashlib.sha256(f"{_FORMAT} {what}\n".encode() + images.stamp()).hexdigest()
+    return Path(store).expanduser().absolute() / f"{key[:16]}.npy"
+
+
+def _lock(path: Path) -> FileLock:
+    """Several processes may want the same pack at once: one makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_suffix(".lock"))
+
+
+def _open(path: Path) -> np.memmap | None:
+    """The array, or None where there is none or the file is not as long as its header says."""
+    try:
+        return np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError):
+        say(f"packed images: {path} is damaged; it is made anew")
+        return None
+
+
+def _write(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
+    """Written, not mapped: on a full disk a mapped file kills the process instead of raising."""
+    if shutil.disk_usage(path.parent).free < math.prod(shape):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
