@@ -1,0 +1,50 @@
+"""What the benchmarks share: contenders that take turns in one process, and the record of a run."""
+
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """A B C A B C …: what each contender returns, by round; a first round of each, to warm up, is left out."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, contender in contenders.items():
+            value = contender()
+            if turn > 0:
+                found[name].append(value)
+                print(f"  round {turn}/{rounds} {name}: {value:.3f}", flush=True)
+    return found
+
+
+def ratio(found: Mapping[str, list[float]], name: str, other: str) -> float:
+    """The median over the rounds of `name` / `other`."""
+    return statistics.median(a / b for a, b in zip(found[name], found[other], strict=True))
+
+
+def record(module: str, path: Path | None, **figures) -> None:
+    """Write the figures with the command and the machine that made them."""
+    if path is None:
+        return
+    about = {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "versions": {"python": sys.version.split()[0], "torch": version("torch")},
+        "cpu": cpu(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    path.write_text(json.dumps({**about, **figures}, indent=2, ensure_ascii=False) + "\n")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
