@@ -1,6 +1,6 @@
 """From a network to a smaller one. A step is a function that returns a new network:
 
-step(net, finetune=None, data=None, **options) -> nn.Module
+step(net, finetune=None, data=None, flow="fx", **options) -> nn.Module
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +10,19 @@ from torch import nn
 from distill.data.base import Data
 
 
-def chain(steps: Mapping[str, Callable], net: nn.Module, data: Data) -> nn.Module:
-    """The steps one after the other, each on what the one before returned."""
+def chain(
+    steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable | None = None, flow: str = "fx"
+) -> nn.Module:
+    """The steps one after the other, each on what the one before returned.
+
+    Args:
+        steps: by name, in order.
+        net: plain: images (N, C, H, W) in [0, 1] to logits (N, K), float32 on the CPU, eval mode.
+        data: steps calibrate on its training images.
+        finetune: `finetune(net, name, epochs=…, lr=…, on_epoch=None) -> nn.Module`, see distill/finetune.py; None:
+            steps that train are refused.
+        flow: for which runtime a step quantizes where that makes a difference, see distill/compress/flows.py.
+    """
     for step in steps.values():
-        net = step(net, data=data)
+        net = step(net, finetune=finetune, data=data, flow=flow)
     return net

@@ -1,13 +1,19 @@
 """How much of a network a compression step has reached, measured on the compressed network itself."""
 
+from collections import Counter
 from typing import NamedTuple
 
+import torch
 import torch.ao.nn.quantized.dynamic as nnqd
-from torch import nn
+from torch import fx, nn
+from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 
 from distill.compress.dynamic_int8 import Int8Conv2d
+from distill.compress.weight_only_int8 import Int8Linear
 
-TREATMENTS = ("dynamic int8", "weight-only int8", "float")
+INT8 = ("static int8", "dynamic int8", "weight-only int8")
+HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+TREATMENTS = (*INT8, *HALF.values(), "float")
 
 
 class Stored(NamedTuple):
@@ -16,27 +22,35 @@ class Stored(NamedTuple):
 
 
 def stored(net: nn.Module) -> dict[str, Stored]:
-    """{treatment: what `net` stores that way}; a parameter shared by several layers counts once."""
-    weights, size = dict.fromkeys(TREATMENTS, 0), dict.fromkeys(TREATMENTS, 0)
+    """{treatment: what `net` stores that way}, of TREATMENTS those that occur; a parameter shared by several layers
+    counts once."""
+    weights, size = Counter(), Counter()
     floats = {id(parameter): parameter for parameter in net.parameters()}
     for module in net.modules():
-        if isinstance(module, nnqd.Linear):
+        if isinstance(module, WeightedQuantizedModule):
+            kind = "dynamic int8" if isinstance(module, nnqd.Linear) else "static int8"
             weight, bias = module.weight(), module.bias()
-            weights["dynamic int8"] += weight.numel()
+            weights[kind] += weight.numel()
             # beside each int8 row: a float64 scale and an int64 zero point
-            size["dynamic int8"] += weight.numel() + 16 * weight.shape[0]
+            size[kind] += weight.numel() + 16 * weight.shape[0]
             if bias is not None:
                 floats[id(module)] = bias
-        elif isinstance(module, Int8Conv2d):
+        elif isinstance(module, (Int8Conv2d, Int8Linear)):
             weights["weight-only int8"] += module.weight.numel()
             size["weight-only int8"] += module.weight.nbytes + module.scale.nbytes
             if module.bias is not None:
                 floats[id(module)] = module.bias
         else:
-            size["float"] += sum(buffer.nbytes for buffer in module.buffers(recurse=False))
-    weights["float"] = sum(value.numel() for value in floats.values())
-    size["float"] += sum(value.nbytes for value in floats.values())
-    return {name: Stored(weights[name], size[name]) for name in TREATMENTS}
+            buffers = list(module.buffers(recurse=False))
+            frozen = [buffer for buffer in buffers if buffer.dtype == torch.int8]
+            captured = isinstance(module, fx.GraphModule) and frozen  # its buffers are the weights and their scales
+            size["static int8" if captured else "float"] += sum(buffer.nbytes for buffer in buffers)
+            weights["static int8"] += sum(buffer.numel() for buffer in frozen)
+    for value in floats.values():
+        kind = HALF.get(value.dtype, "float")
+        weights[kind] += value.numel()
+        size[kind] += value.nbytes
+    return {name: Stored(weights[name], size[name]) for name in TREATMENTS if size[name] or name == "float"}
 
 
 def coverage(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -51,16 +65,18 @@ def coverage(net: nn.Module) -> dict[str, dict[str, float]]:
 
 def int8_share(net: nn.Module) -> float:
     """The share of the weights that is stored in int8, in [0, 1]."""
-    return 1 - coverage(net)["float"]["weights"]
+    return sum(share["weights"] for name, share in coverage(net).items() if name in INT8)
 
 
 def warning(net: nn.Module) -> str | None:
-    """One line when less than half of the weights became int8, else None."""
-    share = int8_share(net)
-    if share >= 0.5:
+    """One line when some but less than half of the weights became int8 or half precision, else None."""
+    parts = coverage(net)
+    share = 1 - parts["float"]["weights"]
+    if share >= 0.5 or share == 0:
         return None
-    line = f"dynamic int8 reached only {share:.0%} of the weights"
-    if any(type(module) is nn.Conv2d for module in net.modules()):
+    name = next(name for name in TREATMENTS if name in parts)
+    line = f"{name} reached only {share:.0%} of the weights"
+    if name == "dynamic int8" and any(type(module) is nn.Conv2d for module in net.modules()):
         return f"{line}, convolutions stayed float: compress.dynamic_int8.conv=weight_only stores them in int8"
     return f"{line}: the rest is in layers that it does not know (it knows Linear and zero-padded Conv2d)"
 

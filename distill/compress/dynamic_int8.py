@@ -25,15 +25,20 @@ from distill.errors import UserError
 CONV = ("weight_only", "float")
 
 
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """q and s of a weight (O, …): int8 of the same shape, and (O, 1, …) float."""
+    scale = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / 127
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a channel of zeros; NaN stays NaN
+    return (weight / scale).round().to(torch.int8), scale
+
+
 class Int8Conv2d(nn.Module):
     """A zero-padded Conv2d whose weight is an int8 buffer (O, I/groups, kh, kw) and a scale (O, 1, 1, 1)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        weight = conv.weight.detach()
-        scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a channel of zeros; NaN stays NaN
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        weight, scale = rounded(conv.weight.detach())
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
         self.stride, self.padding = conv.stride, conv.padding
@@ -63,12 +68,12 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     return fuse(net)
 
 
-def dynamic_int8(net: nn.Module, finetune=None, data=None, *, conv: str = "weight_only") -> nn.Module:
+def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, conv: str = "weight_only") -> nn.Module:
     """A compressed copy of `net`; `net` itself is untouched.
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
-        finetune, data: part of every compression step's signature; not needed here.
+        finetune, data, flow: part of every compression step's signature; not needed here.
         conv: "weight_only" stores convolutions in int8; "float" leaves them as they are.
 
     Subclasses of Linear and Conv2d, and convolutions padded with anything but zeros, stay float: `coverage`

@@ -1,0 +1,271 @@
+"""The two quantization flows of PyTorch, each in the form that a runtime executes natively.
+
+    flow      captured by          becomes                                        runs in
+    fx        torch.fx             modules of torch.ao (FX graph mode, "x86")     TorchScript
+    xnnpack   torch.export (PT2E)  quantize/dequantize ops, int8 activations      ExecuTorch's XNNPACK
+    onnx      torch.export (PT2E)  quantize/dequantize ops, uint8 activations     ONNX Runtime
+
+Static int8 (Jacob et al. 2018, arXiv:1712.05877): q = clamp(round(x / s) + z). Activations have one scale and zero
+point a tensor, found on images; weights are symmetric, with one scale for each output channel, always: with one scale
+a tensor, depthwise networks fall to chance (Krishnamoorthi 2018, arXiv:1806.08342).
+"""
+
+import copy
+import traceback
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao import quantization as ao
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+from torch.ao.quantization import quantize_fx
+
+from distill.errors import UsageError, UserError
+
+FLOWS = ("fx", "xnnpack", "onnx")
+OBSERVERS = ("histogram", "minmax", "moving_average")
+
+BATCH_NORM, DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
+TRAINING = {BATCH_NORM: 5, DROPOUT: 2}  # which argument of the op says that it trains
+
+
+class Captured(nn.Module):
+    """A graph of torch.export in preparation, whose batch norms and dropout follow `training` as a module's do.
+
+    The graph holds that mode as arguments of its ops. It is compared at every call, because Lightning puts modes
+    back by writing the attribute. `frozen` keeps batch norm's statistics as they are while training.
+    """
+
+    def __init__(self, graph: fx.GraphModule):
+        super().__init__()
+        self.graph = _plain(graph)
+        self.frozen = False
+        self._mode = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        mode = {BATCH_NORM: self.training and not self.frozen, DROPOUT: self.training}
+        if mode != self._mode:
+            for node in self.graph.graph.nodes:
+                if node.target in TRAINING:
+                    node.update_arg(TRAINING[node.target], mode[node.target])
+            self.graph.recompile()
+            self._mode = mode
+        return self.graph(images)
+
+
+def prepare(
+    net: nn.Module,
+    example: Tensor,
+    flow: str,
+    *,
+    qat: bool = False,
+    skip: Collection[str] = (),
+    observer: str = "histogram",
+) -> nn.Module:
+    """A copy of `net` that observes its activations when called; with `qat` it also rounds them as int8 will.
+
+    Args:
+        net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
+        example: images (2 or more, C, H, W).
+        flow: one of FLOWS.
+        qat: for training under fake quantization, in train mode, with its batch norms, whose scale is in the rounded
+            weights (Jacob et al., section 3.2): folded ones train badly (ResNet-20 diverges at a learning rate of
+            5e-3). Otherwise they are folded now.
+        skip: paths of modules that stay float, with all that is inside of them; see `paths`.
+        observer: how an activation's range is found without `qat`: "histogram" (least squared error), "minmax", or
+            "moving_average" of the batches' minima and maxima, which is what `qat` always does.
+
+    Raises:
+        UsageError: an unknown flow or observer.
+        UserError: a name in `skip` that is no module's, or a network whose graph can't be captured.
+    """
+    for option, value, choices in (("flow", flow, FLOWS), ("observer", observer, OBSERVERS)):
+        if value not in choices:
+            raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
+    skip = paths(net, skip)
+    net = copy.deepcopy(net).train(qat)
+    with quiet(), _capturing(net):
+        return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
+
+
+def convert(prepared: nn.Module, flow: str) -> nn.Module:
+    """What `prepare` made, with int8 weights and folded batch norms: images to logits, any batch size, eval mode."""
+    with quiet():
+        if flow == "fx":
+            return quantize_fx.convert_fx(copy.deepcopy(prepared).eval())
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        prepared = copy.deepcopy(prepared).eval()
+        for node in prepared.graph.graph.nodes:
+            if node.target in TRAINING:
+                node.update_arg(TRAINING[node.target], False)
+        # a copy is a plain GraphModule, whose train() and eval() don't raise as those of an exported one
+        return _used(_plain(copy.deepcopy(convert_pt2e(prepared.graph, fold_quantize=True))))
+
+
+def freeze(prepared: nn.Module, *, observers: bool, statistics: bool) -> None:
+    """What fine-tuning moves besides the weights: whether the ranges of activations and weights stay as they are, and
+    whether batch norm's statistics do. Neither affects a network that was prepared without `qat`."""
+    for module in prepared.modules():
+        if hasattr(module, "enable_observer"):
+            module.enable_observer(not observers)
+        elif statistics and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    if isinstance(prepared, Captured):
+        prepared.frozen = statistics
+    elif statistics:
+        prepared.apply(freeze_bn_stats)
+
+
+def paths(net: nn.Module, names: Collection[str]) -> set[str]:
+    """The modules of a plain net that are named, with all inside of them; "layer1" also means "net.layer1".
+
+    Raises:
+        UserError: a name that is no module's.
+    """
+    modules, found = dict(net.named_modules()), set()
+    for name in names:
+        path = next((path for path in (name, f"net.{name}") if name and path in modules), None)
+        if path is None:
+            raise UserError(
+                f"skip: no layer '{name}' in the network; its layers with weights: {', '.join(layers(net)) or 'none'}"
+            )
+        found |= {f"{path}.{inner}".rstrip(".") for inner, _ in modules[path].named_modules()}
+    return found
+
+
+def layers(net: nn.Module) -> list[str]:
+    """The paths of the layers whose weights static int8 rounds: convolutions and Linear, in order."""
+    return [name for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+def _prepare_fx(net, example, flow, qat, skip, observer) -> nn.Module:
+    mapping = ao.get_default_qat_qconfig_mapping("x86") if qat else ao.get_default_qconfig_mapping("x86")
+    default = mapping.global_qconfig
+    if not qat:
+        # 7 bits: the 8-bit kernels of processors without VNNI add pairs of products in 16 bits
+        activation = _observers(ao)[observer].with_args(dtype=torch.quint8, reduce_range=True)
+        mapping.set_global(ao.QConfig(activation=activation, weight=default.weight))
+        for kind, config in list(mapping.object_type_qconfigs.items()):
+            if config is default:
+                mapping.set_object_type(kind, mapping.global_qconfig)
+    for path in skip:
+        mapping.set_module_name(path, None)
+    prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
+    return prepare(net, mapping, (example,))
+
+
+def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
+    try:
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+    except ImportError as error:
+        raise UserError(f"static int8 for {flow} needs executorch: pip install 'distill[executorch]'") from error
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    quantizer = XNNPACKQuantizer().set_global(_pt2e_config(flow, qat, observer))
+    quantizer.set_filter_function(lambda node: not _modules_of(node) & skip)
+    prepare = prepare_qat_pt2e if qat else prepare_pt2e
+    return Captured(prepare(program.module(), quantizer)).train(qat)
+
+
+def _pt2e_config(flow: str, qat: bool, observer: str):
+    """What XNNPACK executes; ONNX Runtime's fast kernels want the activations unsigned."""
+    from torchao.quantization import pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
+
+    eps = 2**-12
+    if qat:
+        fake = pt2e.FusedMovingAvgObsFakeQuantize
+        activation = fake.with_args(observer=pt2e.MovingAverageMinMaxObserver, eps=eps)
+        weight = fake.with_args(observer=pt2e.MovingAveragePerChannelMinMaxObserver, eps=eps)
+    else:
+        activation = _observers(pt2e)[observer].with_args(eps=eps)
+        weight = pt2e.PerChannelMinMaxObserver.with_args(eps=eps)
+    dtype, low, high = (torch.uint8, 0, 255) if flow == "onnx" else (torch.int8, -128, 127)
+    activations = QuantizationSpec(
+        dtype=dtype,
+        quant_min=low,
+        quant_max=high,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=activation,
+    )
+    weights = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=weight,
+    )
+    return QuantizationConfig(activations, activations, weights, None, qat)
+
+
+def _observers(package) -> dict:
+    """torch.ao's or torchao's observers of activations by name: one interface, two packages."""
+    return {
+        "histogram": package.HistogramObserver,
+        "minmax": package.MinMaxObserver,
+        "moving_average": package.MovingAverageMinMaxObserver,
+    }
+
+
+def _modules_of(node: fx.Node) -> set[str]:
+    """Paths of the modules in whose forward a node of a torch.export graph was recorded: the innermost one's."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return {stack[-1][0].removeprefix("L['self'].")} if stack else set()
+
+
+def _plain(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph` whose train() and eval() are those of any module: torch.export lets them raise."""
+    for name in ("train", "eval"):
+        graph.__dict__.pop(name, None)
+    return graph
+
+
+def _used(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph` without the tensors that it no longer reads: the float weights that were rounded."""
+    read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(graph.named_parameters()), *dict(graph.named_buffers())]:
+        if name not in read:
+            owner, _, attribute = name.rpartition(".")
+            delattr(graph.get_submodule(owner), attribute)
+    return graph
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.ao.quantization is deprecated, and what TorchScript runs; the rest is advice to its developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _capturing(net: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network's own code raises on a symbolic value
+        name = type(net.net if hasattr(net, "net") else net).__name__
+        reason = str(error).strip().partition("\n")[0][:200]
+        where = _place(error, net)
+        raise UserError(
+            f"{name} can't be captured as a graph{where}: {type(error).__name__}: {reason}; let its forward not "
+            "depend on values, or choose compress=[dynamic_int8], which needs no graph"
+        ) from error
+
+
+def _place(error: BaseException | None, net: nn.Module) -> str:
+    """' at layer X (file:line)' of the innermost module of `net` that was running when it failed."""
+    modules = {type(module): path for path, module in net.named_modules() if path}
+    while error is not None:
+        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+            module = frame.f_locals.get("self")
+            if type(module) in modules and frame.f_code.co_name == "forward":
+                path = next((path for path, each in net.named_modules() if each is module), modules[type(module)])
+                return f" at layer {path} ({frame.f_code.co_filename.rpartition('/')[2]}:{line})"
+        error = error.__cause__ or error.__context__
+    return ""

@@ -1,0 +1,58 @@
+"""Quantization-aware training: the network is fine-tuned with the teacher while it is rounded as int8 will round it.
+
+Source: Jacob et al. 2018 (arXiv:1712.05877), section 3. The rounding passes gradients straight through. Ranges of
+activations start from calibration and move along; for the last part of the training they are frozen, and so are the
+statistics of batch norms (Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2).
+"""
+
+from torch import nn
+
+from distill.compress import flows
+from distill.compress.calibrate import answers, calibration
+from distill.errors import UsageError, UserError
+
+
+def qat_int8(
+    net: nn.Module,
+    finetune=None,
+    data=None,
+    flow: str = "fx",
+    *,
+    epochs: int = 2,
+    lr: float = 5e-4,
+    freeze: float = 0.67,
+    images: int = 512,
+    skip: list[str] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """`net` in int8 for the runtime of `flow`, of the epoch that was best on the validation images.
+
+    Args:
+        net: float32 on the CPU, images (N, C, H, W) to logits (N, K); untouched.
+        finetune: trains it, see distill/finetune.py.
+        data: whose training images calibrate the start.
+        epochs, lr: of the fine-tuning; about a hundredth of the training's learning rate.
+        freeze: the share of the epochs, in [0, 1], after which ranges and statistics stay as they are.
+        images, seed: of the calibration, as in static_int8.
+        skip: layers that stay float, by name.
+
+    Raises:
+        UsageError: `epochs` or `freeze` out of range.
+        UserError: as static_int8; or there is nothing to fine-tune with.
+    """
+    if epochs < 1 or not 0 <= freeze <= 1:
+        raise UsageError(f"compress.qat_int8: epochs={epochs} must be at least 1 and freeze={freeze} in [0, 1]")
+    if isinstance(skip, str):
+        raise UsageError(f"compress.qat_int8.skip={skip}: expected a list of layers, such as [linear]")
+    if finetune is None:
+        raise UserError("compress=qat_int8 trains: it needs a run with data and losses; static_int8 does without")
+    batches = calibration(data, images, "compress.qat_int8.images", seed)
+    prepared = flows.prepare(net, batches[0][:2], flow, qat=True, skip=skip)
+    answers(prepared.eval(), batches)
+
+    def on_epoch(network: nn.Module, epoch: int, epochs: int, training: bool) -> None:
+        late = epoch >= freeze * epochs
+        flows.freeze(network, observers=late or not training, statistics=late)
+
+    trained = finetune(prepared.train(), f"qat_int8-{flow}", epochs=epochs, lr=lr, on_epoch=on_epoch)
+    return flows.convert(trained, flow)

@@ -1,0 +1,39 @@
+"""Which layers suffer most from int8, each measured alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.compress.calibrate import answers
+from distill.compress.flows import layers
+
+
+@torch.no_grad()
+def by_sensitivity(net: nn.Module, batches: Sequence[Tensor]) -> list[str]:
+    """The layers of `net` that static int8 rounds, the one that changes the logits most first.
+
+    Each in turn has its weights (per channel) and its input (per tensor, range of the batch) rounded to int8 while
+    all others stay float; the change is the mean square over images (N, C, H, W) and logits.
+    """
+    wanted, changes = answers(net, batches), {}
+    for name in layers(net):
+        layer = net.get_submodule(name)
+        weight, hook = layer.weight.detach().clone(), layer.register_forward_pre_hook(_rounded_input)
+        layer.weight.copy_(_rounded_weight(weight))
+        changes[name] = (answers(net, batches) - wanted).square().mean().item()
+        layer.weight.copy_(weight)
+        hook.remove()
+    return sorted(changes, key=changes.get, reverse=True)
+
+
+def _rounded_weight(weight: Tensor) -> Tensor:
+    scale = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / 127  # (O,)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+
+
+def _rounded_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    low, high = inputs[0].min().clamp(max=0).item(), inputs[0].max().clamp(min=0).item()
+    scale = max((high - low) / 255, 1e-12)
+    return (torch.fake_quantize_per_tensor_affine(inputs[0], scale, round(-low / scale), 0, 255), *inputs[1:])

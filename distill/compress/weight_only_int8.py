@@ -1,0 +1,46 @@
+"""Weight-only int8: Linear and Conv2d are stored in int8, one scale an output channel; the arithmetic stays float."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.compress.dynamic_int8 import Int8Conv2d, fold_batch_norm, rounded
+from distill.compress.flows import paths
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose weight is an int8 buffer (O, I) and a scale (O, 1)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight, scale = rounded(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+def weight_only_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, skip: list[str] = ()) -> nn.Module:
+    """A copy of `net`, images (N, C, H, W) to logits (N, K), a quarter as large and about as fast.
+
+    Args:
+        finetune, data, flow: part of every compression step's signature; not needed here.
+        skip: layers that stay float, by name.
+
+    Subclasses of Linear and Conv2d, and convolutions padded with anything but zeros, stay float: `coverage` says how
+    much that is.
+
+    Raises:
+        UserError: an unknown layer in `skip`.
+    """
+    skip = paths(net, skip)
+    net = fold_batch_norm(net)
+    for name, module in list(net.named_modules()):
+        if name in skip:
+            continue
+        if type(module) is nn.Linear:
+            net.set_submodule(name, Int8Linear(module))
+        elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+            net.set_submodule(name, Int8Conv2d(module))
+    return net

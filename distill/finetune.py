@@ -1,0 +1,120 @@
+"""Training for compression steps: the same losses, the same teacher, the same Lightning module as the student's."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+from distill import build
+from distill.checkpoints import read_metadata, read_state, save_weights
+from distill.data.base import Data
+from distill.fit import fit
+from distill.network import Network
+from distill.progress import say
+from distill.teachers import Teacher
+
+DECIDES = ("data", "teacher", "optimizer", "schedule", "trainer", "seed", "select")
+
+
+def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path) -> Callable:
+    """The callable that compression steps train with.
+
+        finetune(net, name, *, epochs, lr, on_epoch=None) -> nn.Module
+
+    trains a copy of `net` (images in [0, 1] to logits) under those losses of `cfg` that read logits only, in
+    folder/compress/NAME, and returns its best epoch. A killed fine-tuning is continued; a finished one of the same
+    weights and configuration is read from its file.
+    `on_epoch(net, epoch, epochs, training)` is called where an epoch (from 0) or its validation begins.
+
+    Args:
+        cfg: the run's.
+        teacher, data: as for the student; the teacher of a run that has none is None.
+        folder: the run's.
+    """
+    losses = logit_losses(cfg.loss)
+    cfg = copy.deepcopy(cfg)
+    with open_dict(cfg):  # on one device, as captured, without an average of observers, to the end
+        cfg.trainer.devices, cfg.trainer.strategy = 1, "auto"
+        cfg.ema, cfg.early_stopping, cfg.compile = None, None, False
+
+    def finetune(net: nn.Module, name: str, *, epochs: int, lr: float, on_epoch: Callable | None = None) -> nn.Module:
+        net = copy.deepcopy(net)
+        step = name.partition("-")[0]
+        decides = {key: build.plain(cfg[key]) for key in DECIDES} | {
+            "start": _parameters_hash(net),
+            "images": data.fingerprint,
+            "loss": losses,
+            "epochs": epochs,
+            "lr": lr,
+            "step": build.plain(cfg.compress.get(step)),
+        }
+        decides["data"].pop("num_workers", None)
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        place = Path(folder) / "compress" / name
+        weights = place / "weights.safetensors"
+        if weights.exists() and read_metadata(weights).get("key") == key:
+            say(f"  {name}: fine-tuned before, read from {weights}")
+            net.load_state_dict(read_state(weights))
+            return net.eval()
+        say(f"  {name}: fine-tuning under {' + '.join(losses)} for {epochs} epochs → {weights}")
+        place.mkdir(parents=True, exist_ok=True)
+        started = place / "started"
+        if not started.exists() or started.read_text() != key:  # checkpoints of another start are not continued
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)
+            started.write_text(key)
+        network = Network(net, {}, [0.0] * 3, [1.0] * 3)
+        callbacks = [] if on_epoch is None else [EachEpoch(on_epoch, epochs)]
+        settings = copy.deepcopy(cfg)
+        if any(hasattr(module, "enable_observer") for module in net.modules()):
+            settings.trainer.precision = "32-true"  # fake quantization knows no other
+        chosen = fit(settings, network, teacher, losses, data, place, epochs, lr, callbacks=callbacks)[cfg.select]
+        say(f"  {name}: epoch {chosen['epoch']}, validation {chosen['accuracy']:.1%}")
+        save_weights(net, weights, {"key": key, "epoch": str(chosen["epoch"]), "accuracy": str(chosen["accuracy"])})
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        return net.eval()
+
+    return finetune
+
+
+def logit_losses(cfg: Mapping) -> dict:
+    """The terms of a loss configuration that read no taps, which graph capture does not keep; without any, the
+    cross-entropy."""
+    terms, _ = build.losses(cfg)
+    plain = build.plain(cfg)
+    chosen = {name: plain[name] for name, loss in terms.items() if not (*loss.student_taps, *loss.teacher_taps)}
+    return chosen or {"ce": {"_target_": "distill.losses.ce.CE", "weight": 1.0}}
+
+
+class EachEpoch(Callback):
+    """Calls `on_epoch(net, epoch, epochs, training)` before the first batch of an epoch's training, of its
+    validation, and of what follows: also where a killed run continues inside an epoch."""
+
+    def __init__(self, on_epoch: Callable, epochs: int):
+        self.on_epoch, self.epochs, self.told = on_epoch, epochs, None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._tell(trainer, module, True)
+
+    def on_validation_start(self, trainer, module) -> None:
+        self._tell(trainer, module, False)
+
+    def _tell(self, trainer, module, training: bool) -> None:
+        now = (trainer.current_epoch, training)
+        if now != self.told:
+            self.told = now
+            self.on_epoch(module.student.net, trainer.current_epoch, self.epochs, training)
+
+
+def _parameters_hash(net: nn.Module) -> str:
+    """Of the parameters alone: what observers saw in calibration may differ in the last bit between machines."""
+    digest = hashlib.sha256()
+    for name, value in net.named_parameters():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

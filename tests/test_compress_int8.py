@@ -1,0 +1,175 @@
+"""Static int8 in the flows of three runtimes, half precision and weight-only int8: what they store, and how near."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from distill import compress
+from distill.compress.calibrate import calibration
+from distill.compress.cast import cast
+from distill.compress.coverage import coverage, describe, int8_share, stored
+from distill.compress.flows import FLOWS, layers, paths, prepare
+from distill.compress.sensitivity import by_sensitivity
+from distill.compress.static_int8 import static_int8
+from distill.compress.weight_only_int8 import weight_only_int8
+from distill.data.base import from_arrays
+from distill.errors import UsageError, UserError
+
+SHARE = 0.96  # of this network's weights: the rest are biases
+
+
+def network() -> nn.Sequential:
+    """Conv, depthwise conv with channels of very different size, and Linear; batch norms that have seen data."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, groups=32, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU6(),
+        nn.Conv2d(32, 64, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 4),
+    )
+    for _ in range(20):
+        net(torch.rand(16, 3, 8, 8))
+    return net.eval()
+
+
+def images(split: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every pixel of a split lies in its own range: 0-79, 80-159 or 160-239."""
+    generator = torch.Generator().manual_seed(split)
+    pixels = torch.randint(80 * split, 80 * split + 80, (96, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return pixels, torch.arange(96) % 4
+
+
+@pytest.fixture(scope="module")
+def data():
+    return from_arrays(list("abcd"), images(0), images(1), images(2), None, 16, 0)
+
+
+@pytest.fixture(scope="module", params=FLOWS)
+def quantized(request, data):
+    return static_int8(network(), data=data, flow=request.param)
+
+
+def test_static_int8_answers_batches_of_1_and_7_and_rounds_the_weights(quantized):
+    small = copy.deepcopy(quantized).train().eval()
+    net, pixels = network(), images(0)[0][:7].float() / 255
+    for batch in (pixels, pixels[:1]):
+        wanted = net(batch)
+        difference = (small(batch) - wanted).abs().max()
+        assert 0 < difference < 0.05 * wanted.abs().max()
+    assert int8_share(small) > SHARE
+    parts = stored(small)
+    assert parts["static int8"].weights == sum(net.get_submodule(name).weight.numel() for name in layers(net))
+    assert sum(part.bytes for part in parts.values()) < 0.6 * stored(net)["float"].bytes  # scales are large here
+    assert "static int8 9" in describe(small)
+
+
+def test_calibration_reads_training_images_only(data):
+    found = torch.cat(calibration(data, 64, "images"))
+    assert found.shape == (64, 3, 8, 8)
+    assert found.max() < 80 / 255  # what lies above is validation and test
+    assert torch.equal(found, torch.cat(calibration(data, 64, "images")))
+    assert not torch.equal(found, torch.cat(calibration(data, 64, "images", seed=1)))
+    assert len({tuple(image.flatten().tolist()) for image in torch.cat(calibration(data, 999, "images"))}) == 96
+
+
+def test_too_few_images_are_refused(data):
+    with pytest.raises(UserError, match=r"compress.static_int8.images=8 .* at least 32"):
+        static_int8(network(), data=data, images=8)
+
+
+@pytest.mark.parametrize("flow", ["fx", "onnx"])
+def test_what_is_skipped_stays_float(data, flow):
+    net = network()
+    small = static_int8(net, data=data, flow=flow, skip=["0", "10"])
+    left = net.get_submodule("0").weight.numel() + net.get_submodule("10").weight.numel()
+    whole = sum(net.get_submodule(name).weight.numel() for name in layers(net))
+    assert stored(small)["static int8"].weights == whole - left
+
+
+def test_skip_auto_leaves_the_most_sensitive_layers_float(data, capsys):
+    net = network()
+    net[10].weight.data[:, 0] *= 1e3  # one outlier costs the other 63 inputs their precision
+    order = by_sensitivity(net, calibration(data, 96, "images"))
+    assert order[0] == "10" and sorted(order) == sorted(layers(net))
+    small = static_int8(net, data=data, skip="auto", drop=1.0)
+    assert "left in float: none" in capsys.readouterr().out
+    small = static_int8(net, data=data, skip="auto", drop=-1.0)  # can't be met
+    assert int8_share(small) == 0
+    assert "can't be met" in capsys.readouterr().out
+
+
+def test_names_to_skip_are_the_students_own():
+    plain = nn.Sequential()
+    plain.add_module("net", nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()))
+    assert paths(plain, ["0"]) == {"net.0", "net.0.0"}
+    with pytest.raises(UserError, match=r"no layer 'head' .* net.0.0"):
+        paths(plain, ["head"])
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("flow", ["fx", "xnnpack"])
+def test_control_flow_is_told_with_its_layer(data, flow):
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Branching(), nn.Flatten(), nn.Linear(192, 4)).eval()
+    with pytest.raises(UserError, match=r"can't be captured .* at layer 1 \(test_compress_int8.py:\d+\).*dynamic_int8"):
+        static_int8(net, data=data, flow=flow)
+
+
+@pytest.mark.parametrize("options", [{"flow": "tpu"}, {"observer": "guess"}, {"skip": "head"}], ids=str)
+def test_unknown_options_are_refused(data, options):
+    with pytest.raises(UsageError):
+        static_int8(network(), data=data, **options)
+
+
+def test_preparing_leaves_the_network_alone():
+    net, example = network(), torch.rand(2, 3, 8, 8)
+    before, wanted = copy.deepcopy(net.state_dict()), net(example)
+    prepared = prepare(net, example, "fx", qat=True)
+    prepared(example)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(net(example), wanted)
+
+
+@pytest.mark.parametrize("dtype, bound", [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_a_cast_halves_the_bytes(dtype, bound):
+    net, pixels = network(), torch.rand(7, 3, 8, 8)
+    small = cast(net, dtype=dtype)
+    wanted = net(pixels)
+    assert small(pixels).dtype == torch.float32
+    assert 0 < (small(pixels) - wanted).abs().max() < bound * wanted.abs().max()
+    assert coverage(small)[dtype]["weights"] == 1 and int8_share(small) == 0
+    assert small(pixels[:1]).shape == (1, 4)
+    with pytest.raises(UsageError, match="float8"):
+        cast(net, dtype="float8")
+
+
+def test_weight_only_int8_rounds_every_layer_but_those_skipped():
+    net, pixels = network(), torch.rand(7, 3, 8, 8)
+    small, wanted = weight_only_int8(net), net(pixels)
+    assert 0 < (small(pixels) - wanted).abs().max() < 0.02 * wanted.abs().max()
+    assert coverage(small)["weight-only int8"]["weights"] > SHARE
+    part = weight_only_int8(net, skip=["10"])
+    assert stored(small)["weight-only int8"].weights - stored(part)["weight-only int8"].weights == 4 * 64
+
+
+def test_the_chain_hands_everything_to_each_step():
+    def step(net, finetune, data, flow):
+        return [*net, (finetune, data, flow)]
+
+    assert compress.chain({"a": step, "b": step}, [], 1, 2, "onnx") == [(2, 1, "onnx")] * 2
