@@ -9,9 +9,10 @@ from distill import cli
 @cli.command
 def main(cfg):
     from distill import build, compress, export, fit, report, run  # torch is imported from here on
-    from distill.compress.coverage import describe
     from distill.errors import UserError
     from distill.evaluate import evaluate
+    from distill.export.deploy import write_readme
+    from distill.finetune import finetuner
     from distill.progress import leads, say
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
@@ -34,18 +35,20 @@ def main(cfg):
         if not job.does("compress", "export", "report") or not leads():
             return
         student = job.student()
-        nets = {"student": student.plain()}  # what ships, by file name
-        if cfg.compress and job.compresses():
-            say(f"compress: {', '.join(cfg.compress)}")
-            small = compress.chain(build.steps(cfg.compress), nets["student"], data)
-            nets["-".join(["student", *cfg.compress])] = small
-            say(describe(small))
-            job.write(compressed=list(cfg.compress))
+        exporters, failures = build.steps(cfg.export), []
+        nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
+        if cfg.compress and cfg.export and job.compresses():
+            finetune = finetuner(cfg, teacher, data, folder)
+            steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
+            small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
+            nets["-".join(["student", *steps])] = small
+            job.write(compressed=list(steps))
 
-        files, failures = {name: [] for name in nets}, []
+        files = {name: [] for name in nets}
         if job.does("export") and cfg.export:
             say(f"export: {', '.join(cfg.export)}")
-            files, failures = export.export(nets, build.steps(cfg.export), folder / "export", data, job.identity())
+            files, unwritten = export.export(nets, exporters, folder / "export", data, job.identity())
+            failures += unwritten
         elif cfg.export and job.does("report"):
             files = export.reload(nets, build.reloaders(cfg.export), folder / "export")
 
@@ -57,9 +60,11 @@ def main(cfg):
                 "student": student,
             }
             networks["student (last epoch)"] = job.student(run.STUDENT_LAST)
-            rows, unlike = evaluate(networks, {name: (nets[name], files[name]) for name in nets}, data, cfg.tolerance)
+            rows, unlike = evaluate(networks, nets, files, data, cfg.tolerance)
             failures += unlike
             report.write(rows, folder, job.context())
+            if any(files.values()):
+                write_readme(files, data, folder / "export")
             for logger in loggers:
                 report.log(logger, rows, folder)
             say(report.table(rows))

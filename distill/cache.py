@@ -31,13 +31,13 @@ from distill.data.base import Data
 from distill.errors import UsageError
 from distill.files import atomic
 from distill.progress import leads, say
+from distill.sizes import human, parse_bytes
 from distill.teachers import Teacher
 from distill.types import Batch, Outputs
 
 HEADER = 4096
 FORMAT = 1  # part of the identity: a change of the layout or of what fills it starts anew
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Rows:
@@ -352,27 +352,3 @@ def open_cache(
         f"{human(views * view_bytes)} in all → {folder}"
     )
     return cached
-
-
-def parse_bytes(text: str | int, option: str) -> int:
-    """ "20GB" → 20 000 000 000; a plain number is bytes.
-
-    Raises:
-        UsageError: neither.
-    """
-    number, unit = str(text).strip(), 1
-    for name, factor in UNITS.items():
-        if number.lower().endswith(name.lower()):
-            number, unit = number[: -len(name)], factor
-    try:
-        return int(float(number) * unit)
-    except (ValueError, OverflowError):
-        raise UsageError(f"{option}={text}: expected bytes or a size such as 500MB or 20GB") from None
-
-
-def human(size: int) -> str:
-    """Bytes in the largest unit that leaves at least one of it."""
-    for name, factor in reversed(UNITS.items()):
-        if size >= factor:
-            return f"{size / factor:.1f} {name}"
-    return f"{size} bytes"

@@ -1,4 +1,4 @@
-"""The report stage: every network and every reloaded file answers the test set once; what fails parity is told."""
+"""The report stage: every network and every file answers the test set once; what fails parity is told."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,65 +9,69 @@ from torch import Tensor, nn
 from distill import measure, report
 from distill.compress.coverage import int8_share
 from distill.data.base import Data
+from distill.export import Nets
 from distill.export.artifact import Artifact
+from distill.export.serve import serve
 from distill.network import Network
 
 
 def evaluate(
     networks: Mapping[str, Network | None],
-    exported: Mapping[str, tuple[nn.Module, Sequence[Artifact]]],
+    nets: Nets,
+    files: Mapping[str, Sequence[Artifact]],
     data: Data,
     tolerance: Mapping,
 ) -> tuple[list[report.Row], list[str]]:
-    """Measure all models of a run.
+    """Measure all models of a run; each file answers in a process of its own.
 
     Args:
         networks: by row name, among them "student" and "teacher" (see distill.report.ORDER).
-        exported: by name, the plain network that was exported and its files.
+        nets: the plain networks that were exported, by name and flow.
+        files: what was exported, by the same names.
         data: its test images are read once, by all models together.
-        tolerance: {"file", "float", "int8"}, each {"logit", "agreement"}.
+        tolerance: {"file", "rounding", "float", "compressed"}, see `report.check`.
 
     Returns:
         The rows, and one line for each reason why a file may not ship.
     """
     plain = {name: network.plain() for name, network in networks.items() if network is not None}
-    artifacts = {file.path.name: file for _, files in exported.values() for file in files}
-    sources = {f"source of {name}": net for name, (net, _) in exported.items()}
-    eager = {name: _on_device(net) for name, net in plain.items()}
-    logits, labels = measure.predict(
-        {**eager, **sources, **{name: file.run for name, file in artifacts.items()}}, data.test_loader()
-    )
+    artifacts = {file.path.name: file for several in files.values() for file in several}
+    source_of = {file.path.name: nets[name][file.flow] for name, several in files.items() for file in several}
+    floats = {file.path.name for file in files["student"]}
+    sources = {f"source {id(net)}": net for net in source_of.values()}  # once, where it is the same for all flows
     example = data.test[torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)].images
-    times = measure.latency(
-        {**{n: net.to("cpu") for n, net in plain.items()}, **{n: file.run for n, file in artifacts.items()}},
-        example,
-    )
-    rows, failures = [], []
+    with serve(artifacts) as served:
+        eager = {name: _on_device(net) for name, net in plain.items()}
+        logits, labels, failed = measure.predict({**eager, **sources, **served}, data.test_loader())
+        timers = {name: measure.timed(net.to("cpu")) for name, net in plain.items()}
+        timers |= {name: each.time for name, each in served.items() if name in logits}
+        times = measure.latency(timers, example)
 
-    def row(name: str, net: nn.Module, counted: nn.Module, size: int) -> report.Row:
+    def row(name: str, net: nn.Module, size: int) -> report.Row:
         scores = measure.scores(logits[name], labels, logits.get("teacher"), logits["student"])
         return report.Row(
             name,
             **scores,
-            **times[name],
+            **times.get(name, {}),
+            format=artifacts[name].format if name in artifacts else "eager",
             parameters=measure.parameters(net),
-            macs=measure.macs(counted, example),
+            macs=measure.macs(net, example),
             bytes=size,
             int8_share=int8_share(net),
         )
 
-    for name, net in plain.items():
-        rows.append(row(name, net, net, len(safetensors.torch.save(net.state_dict()))))
-    for name, (net, files) in exported.items():
-        kind = "int8" if int8_share(net) > 0 else "float"
-        bounds = {"file": tolerance["file"], "compression": tolerance[kind]}
-        for file in files:
-            answers = logits[file.path.name]
-            reasons = report.check(file.path.name, answers, logits[f"source of {name}"], logits["student"], bounds)
-            failures += reasons
-            if torch.isfinite(answers).all():
-                rows.append(row(file.path.name, net, plain["student"], measure.file_bytes(file.path)))
-    return rows, failures
+    rows = [row(name, net, len(safetensors.torch.save(net.state_dict()))) for name, net in plain.items()]
+    failures = list(failed.values())
+    for name in (name for name in artifacts if name in logits):
+        net = source_of[name]
+        rounds = artifacts[name].rounds and int8_share(net) > 0
+        bounds = tolerance["rounding" if rounds else "file"], tolerance["float" if name in floats else "compressed"]
+        failures += report.check(name, logits[name], logits[f"source {id(net)}"], logits["student"], labels, *bounds)
+        if name not in times:
+            failures.append(f"{name}: its process died while its latency was measured")
+        if torch.isfinite(logits[name]).all():
+            rows.append(row(name, net, measure.file_bytes(artifacts[name].path)))
+    return report.compare(rows), failures
 
 
 def _on_device(net: nn.Module) -> Callable[[Tensor], Tensor]:

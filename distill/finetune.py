@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 from pytorch_lightning.callbacks import Callback
-from torch import nn
+from torch import distributed, nn
 
 from distill import build
 from distill.checkpoints import read_metadata, read_state, save_weights
@@ -37,6 +37,8 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
         teacher, data: as for the student; the teacher of a run that has none is None.
         folder: the run's.
     """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # from here on this process is alone: it trains on all rows
     losses = logit_losses(cfg.loss)
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):  # on one device, as captured, without an average of observers, to the end

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
@@ -15,26 +16,35 @@ from distill.errors import UserError
 from distill.types import Batch
 
 Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N, K)
+Timer = Callable[[Tensor], float]  # images -> milliseconds of one answer
 
 ECE_BINS = 15
+WARM_UP = 5  # runs: TorchScript specialises its graph during the first ones
 
 
 @torch.no_grad()
-def predict(models: Mapping[str, Model], loader: Iterable[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-    """One pass over `loader` for all models: ({name: logits (N, K) float32}, labels (N,)).
+def predict(models: Mapping[str, Model], loader: Iterable[Batch]) -> tuple[dict[str, Tensor], Tensor, dict[str, str]]:
+    """One pass over `loader` for all models: ({name: logits (N, K) float32}, labels (N,), {name: why it failed}).
+
+    A model that raises UserError is left out from then on.
 
     Raises:
         UserError: the loader is empty.
     """
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
     labels: list[Tensor] = []
+    failed: dict[str, str] = {}
     for batch in loader:
         labels.append(batch.labels)
-        for name, model in models.items():
-            logits[name].append(model(batch.images).float())
+        for name in list(logits):
+            try:
+                logits[name].append(models[name](batch.images).float())
+            except UserError as error:
+                failed[name] = str(error)
+                del logits[name]
     if not labels:
         raise UserError("there are no test images to measure on: the test set is empty")
-    return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
+    return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels), failed
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -90,10 +100,18 @@ def parameters(net: nn.Module) -> int:
 
 @torch.no_grad()
 def macs(net: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of convolutions, matrix products and attention for one of `example` (N, C, H, W).
+    """Multiply-accumulates of convolutions, matrix products and attention for one of `example` (N, C, H, W), in float
+    or in int8."""
+    quantized = 0
 
-    `net` must be the float network: int8 kernels are not counted.
-    """
+    def count(module: nn.Module, inputs, output: Tensor) -> None:
+        nonlocal quantized
+        places = output.numel() // output.shape[-1 if output.dim() == 2 else 1]  # where a weight is applied
+        quantized += places * module.weight().numel()
+
+    hooks = [
+        module.register_forward_hook(count) for module in net.modules() if isinstance(module, WeightedQuantizedModule)
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention would not be counted
     try:
@@ -101,31 +119,47 @@ def macs(net: nn.Module, example: Tensor) -> int:
             net(example[:1])
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops() // 2
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() // 2 + quantized
 
 
-@torch.no_grad()
-def latency(models: Mapping[str, Model], example: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
+def timed(model: Model) -> Timer:
+    """`model` in this process as what `latency` asks."""
+
+    @torch.no_grad()
+    def milliseconds(images: Tensor) -> float:
+        start = time.perf_counter()
+        model(images)
+        return (time.perf_counter() - start) * 1000
+
+    return milliseconds
+
+
+def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
     """Milliseconds for one image on one thread: {name: {"latency_ms": median, "latency_p95_ms": …}}.
 
-    The models take turns (A B A B …), so that a busy moment of the machine hits all of them alike. About
-    `seconds` a model after the warm-up, and at least 20 runs each.
+    The models take turns (A B A B …), also those in other processes, so that a busy moment of the machine hits all of
+    them alike. About `seconds` a model after the warm-up, and at least 20 runs each. A timer that raises UserError is
+    left out of the answer.
     """
     image = example[:1].contiguous()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for model in models.values():
-            for _ in range(5):  # TorchScript specialises its graph during the first runs
-                model(image)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        end = time.perf_counter() + seconds * len(models)
-        rounds = 0
+        times: dict[str, list[float]] = {name: [] for name in timers}
+        end, rounds = None, -WARM_UP
         while rounds < 20 or time.perf_counter() < end:
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(image)
-                times[name].append((time.perf_counter() - start) * 1000)
+            if rounds == 0:
+                end = time.perf_counter() + seconds * len(timers)
+            for name in list(times):
+                try:
+                    milliseconds = timers[name](image)
+                except UserError:
+                    del times[name]
+                    continue
+                if rounds >= 0:
+                    times[name].append(milliseconds)
             rounds += 1
     finally:
         torch.set_num_threads(threads)

@@ -4,7 +4,7 @@ import io
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,12 @@ from distill.export.artifact import write as write_file
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
 MISSING = "–"
 PROTOCOL = {
-    "latency": "one image, one thread, models in turn, after warm-up: median and 95th percentile",
+    "latency": "one image, one thread, models in turn, after warm-up: median and 95th percentile; networks in eager "
+    "PyTorch, files in their own runtime, each in a process of its own",
+    "× eager, × float": "how many times faster than the float student in eager PyTorch, and than its float file in the "
+    "same runtime",
     "ece": f"expected calibration error, {measure.ECE_BINS} equal bins",
-    "macs": "multiply-accumulates for one image, counted on the float network",
+    "macs": "multiply-accumulates for one image, in float or int8",
     "max |Δlogit|, agreement with student": "against the float student on the test images",
 }
 
@@ -42,6 +45,9 @@ class Row:
     latency_ms: float | None = None  # median
     latency_p95_ms: float | None = None
     int8_share: float | None = None  # of the weights
+    format: str = "eager"  # or an artifact's format
+    times_eager: float | None = None  # how many times faster than the float student in eager PyTorch
+    times_float: float | None = None  # and than the float student's file of the same format
 
 
 def check(
@@ -49,7 +55,9 @@ def check(
     logits: Tensor,
     source: Tensor,
     student: Tensor,
-    tolerance: Mapping[str, Mapping[str, float | None]],
+    labels: Tensor,
+    to_source: Mapping[str, float | None],
+    to_student: Mapping[str, float | None],
 ) -> list[str]:
     """Why the file `name` may not ship, one line a reason; an empty list when it may.
 
@@ -57,19 +65,18 @@ def check(
         logits: (N, K), answered by the reloaded file.
         source: (N, K), of the eager network that the file was exported from.
         student: (N, K), of the float student.
-        tolerance: {"file": bounds against the source, "compression": bounds against the float student}, each
-            {"logit": largest |Δlogit| or None, "agreement": smallest share of equal top-1 or None}.
-
-    A float file comes from the float student itself, so its tight bound is "file"; a compressed one is held
-    tightly to the compressed network and loosely to the float student.
+        labels: (N,) int64.
+        to_source, to_student: bounds against each: {"logit": largest |Δlogit| or None, "agreement": smallest share of
+            equal top-1 or None, "accuracy_drop": optional, in [0, 1]}. With the last, a file that agrees too seldom
+            may still ship if it is as accurate as the other but for that drop: fine-tuning may change answers.
     """
     bad = (~torch.isfinite(logits).all(1)).sum().item()
     if bad:
         return [f"{name}: answers NaN or infinity for {bad} of {len(logits)} images"]
     failures = []
     for reference, bounds, other in (
-        ("the network it was exported from", tolerance["file"], source),
-        ("the float student", tolerance["compression"], student),
+        ("the network it was exported from", to_source, source),
+        ("the float student", to_student, student),
     ):
         delta, agreement = measure.logit_delta(logits, other), measure.agreement(logits, other)
         # "not <=" also catches a reference that is NaN
@@ -78,11 +85,32 @@ def check(
                 f"{name}: logits differ by up to {delta:.3g} from {reference} (allowed: {bounds['logit']:g})"
             )
         if bounds["agreement"] is not None and not agreement >= bounds["agreement"]:
-            failures.append(
-                f"{name}: top-1 agrees with {reference} on {agreement:.2%} of the images "
-                f"(needed: {bounds['agreement']:.2%})"
-            )
+            lost, allowed = _accuracy(other, labels) - _accuracy(logits, labels), bounds.get("accuracy_drop")
+            if allowed is None or not lost <= allowed:
+                failures.append(
+                    f"{name}: top-1 agrees with {reference} on {agreement:.2%} of the images "
+                    f"(needed: {bounds['agreement']:.2%})"
+                    + ("" if allowed is None else f" and is {lost:.2%} less accurate (allowed: {allowed:.2%})")
+                )
     return failures
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def compare(rows: list[Row]) -> list[Row]:
+    """The rows with `times_eager` and `times_float`, where there is something to compare with."""
+    latency = {row.name: row.latency_ms for row in rows}
+    floats = {row.format: row.latency_ms for row in rows if row.format != "eager" and Path(row.name).stem == "student"}
+
+    def times(reference: float | None, row: Row) -> float | None:
+        return None if None in (reference, row.latency_ms) else reference / row.latency_ms
+
+    return [
+        replace(row, times_eager=times(latency.get("student"), row), times_float=times(floats.get(row.format), row))
+        for row in rows
+    ]
 
 
 def write(rows: list[Row], folder: Path, context: Mapping) -> None:
@@ -109,8 +137,8 @@ def write(rows: list[Row], folder: Path, context: Mapping) -> None:
 
 def log(logger, rows: list[Row], folder: Path) -> None:
     """Sends the figures and the plot that `write` made to a Lightning logger."""
-    figures = {f"report/{row.name}/{key}": value for row in rows for key, value in asdict(row).items() if key != "name"}
-    logger.log_metrics({key: value for key, value in figures.items() if value is not None})
+    figures = {f"report/{row.name}/{key}": value for row in rows for key, value in asdict(row).items()}
+    logger.log_metrics({key: value for key, value in figures.items() if isinstance(value, (int, float))})
     if hasattr(logger, "log_image"):  # Weights & Biases
         logger.log_image("report", [str(folder / "report.png")])
     else:  # TensorBoard
@@ -187,6 +215,8 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
         "p95 ms": "p95\nms",
         "int8 %": "int8\n%",
     }
+    if not short:
+        headers |= {"× eager": "", "× float": ""}
     lines = [list(headers.values() if short else headers)]
     for row in rows:
         change = None if None in (row.top1, student) else row.top1 - student
@@ -205,6 +235,7 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
                 show(row.latency_ms, ".2f"),
                 show(row.latency_p95_ms, ".2f"),
                 show(row.int8_share, ".0f", 100),
+                *([] if short else [show(row.times_eager, ".2f"), show(row.times_float, ".2f")]),
             ]
         )
     return lines

@@ -29,6 +29,7 @@ FREE = (
     "run",
     "stages",
     "compress",
+    "budget",
     "export",
     "logger",
     "tolerance",

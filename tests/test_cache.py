@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from distill import cache
-from distill.cache import Cached, Rows, TopK, human, identity, open_cache, parse_bytes
+from distill.cache import Cached, Rows, TopK, identity, open_cache
 from distill.data.fake import fake
 from distill.errors import UsageError
 from distill.network import Network
+from distill.sizes import human, parse_bytes
 from distill.teachers import Ema, Ensemble, Frozen
 from distill.types import Batch
 

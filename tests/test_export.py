@@ -70,6 +70,7 @@ def test_metadata_is_read_back_from_the_file(files):
             "channels": 3,
             "height": SIZE,
             "width": SIZE,
+            "normalization": "in the graph",
         }
     extra = {"metadata.json": ""}  # as libtorch and torch.jit read it
     torch.jit.load(str(files["int8"][0].path), _extra_files=extra)

@@ -448,7 +448,9 @@ def test_two_processes_write_both_their_embeddings_into_the_same_banks(tmp_path)
         student, teacher = (
             outputs(torch.cat([part[side].features["pooled"] for part in parts]), "pooled") for side in (0, 1)
         )
-        alone(student, teacher, Batch(*(torch.cat(both) for both in zip(*(part[2][:4] for part in parts), strict=True))))
+        alone(
+            student, teacher, Batch(*(torch.cat(both) for both in zip(*(part[2][:4] for part in parts), strict=True)))
+        )
     torch.testing.assert_close(ranks[0]["student_bank"], alone.student_bank)
     torch.testing.assert_close(ranks[0]["teacher_bank"], alone.teacher_bank)
     assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])

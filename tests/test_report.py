@@ -12,16 +12,14 @@ from matplotlib.image import imread
 from torch import nn
 
 from distill import measure, report
+from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.errors import UserError
 from distill.export.torchscript import export, reload
 from distill.report import Row
 from distill.types import Batch
 
-TOLERANCE = {
-    "file": {"logit": 1e-3, "agreement": 0.999},
-    "compression": {"logit": None, "agreement": 0.9},
-}
+TOLERANCE = {"logit": 1e-3, "agreement": 0.999}, {"logit": None, "agreement": 0.9}
 
 
 def batches(images, labels, size=5):
@@ -39,8 +37,16 @@ def test_predict_passes_once_for_all_models():
         yield from batches(images, labels)
 
     models = {"sum": lambda x: x.sum((2, 3)), "double": lambda x: x.sum((2, 3)).double() * 2}
-    logits, got = measure.predict(models, loader())
-    assert len(passes) == 1
+    calls = []
+
+    def broken(images):
+        calls.append(1)
+        raise UserError("broken.pte: its process died")
+
+    logits, got, failed = measure.predict({**models, "broken": broken}, loader())
+    assert len(passes) == len(calls) == 1
+    assert failed == {"broken": "broken.pte: its process died"}
+    assert set(logits) == set(models)
     assert torch.equal(got, labels)
     torch.testing.assert_close(logits["sum"], images.sum((2, 3)))
     torch.testing.assert_close(logits["double"], 2 * images.sum((2, 3)))
@@ -110,6 +116,16 @@ def test_macs_of_known_layers():
     assert measure.macs(net, torch.rand(4, 3, 32, 32)) == expected
 
 
+def test_macs_of_int8_layers_are_those_of_the_float_network():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 5 * 5, 10)
+    ).eval()
+    example = torch.rand(2, 3, 15, 15)
+    quantized = flows.convert(flows.prepare(net, example, "fx", observer="minmax"), "fx")
+    assert measure.macs(quantized, example) == measure.macs(net, example) == 8 * 27 * 49 + 8 * 18 * 25 + 200 * 10
+    assert measure.macs(dynamic_int8(net), example) == measure.macs(net, example)
+
+
 def test_macs_of_attention_are_counted():
     layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True).eval()
     tokens = 10
@@ -130,7 +146,7 @@ def test_latency_takes_turns_on_one_thread_and_restores_the_number():
     try:
 
         def model(name):
-            return lambda images: calls.append((name, len(images), torch.get_num_threads()))
+            return measure.timed(lambda images: calls.append((name, len(images), torch.get_num_threads())))
 
         found = measure.latency({"a": model("a"), "b": model("b")}, torch.rand(3, 3, 2, 2), seconds=0)
         assert torch.get_num_threads() == 2
@@ -138,19 +154,24 @@ def test_latency_takes_turns_on_one_thread_and_restores_the_number():
         def broken(images):
             raise ValueError
 
+        def dead(images):
+            raise UserError
+
+        assert list(measure.latency({"a": model("c"), "dead": dead}, torch.rand(1, 3, 2, 2), seconds=0)) == ["a"]
+
         with pytest.raises(ValueError):
             measure.latency({"broken": broken}, torch.rand(1, 3, 2, 2), seconds=0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert set(calls) == {("a", 1, 1), ("b", 1, 1)}
-    assert [name for name, _, _ in calls[-40:]] == ["a", "b"] * 20
+    assert set(calls) == {("a", 1, 1), ("b", 1, 1), ("c", 1, 1)}
+    assert [name for name, _, _ in calls if name != "c"][-40:] == ["a", "b"] * 20
     assert all(0 < row["latency_ms"] <= row["latency_p95_ms"] for row in found.values())
 
 
 def test_latency_tells_a_slow_model_from_a_fast_one():
     small, large = torch.rand(10, 10), torch.rand(400, 400)
-    models = {"small": lambda _: small @ small, "large": lambda _: large @ large}
+    models = {"small": measure.timed(lambda _: small @ small), "large": measure.timed(lambda _: large @ large)}
     found = measure.latency(models, torch.rand(1, 3, 2, 2), seconds=0.1)
     assert found["large"]["latency_ms"] > 3 * found["small"]["latency_ms"]
 
@@ -162,16 +183,31 @@ def test_equal_answers_pass_and_each_bound_is_told():
     torch.manual_seed(0)
     student = torch.randn(100, 10)
     source = student + 0.01 * torch.randn(100, 10)
-    assert report.check("a.pt", source, source, student, TOLERANCE) == []
+    assert report.check("a.pt", source, source, student, student.argmax(1), *TOLERANCE) == []
 
-    (line,) = report.check("a.pt", source + 0.002, source, student, TOLERANCE)
+    (line,) = report.check("a.pt", source + 0.002, source, student, student.argmax(1), *TOLERANCE)
     assert line.startswith("a.pt: logits differ by up to 0.002 from the network it was exported from")
     assert "0.001" in line
 
     ruined = torch.randn(100, 10)
-    (line,) = report.check("a.pt", ruined, ruined, student, TOLERANCE)
+    (line,) = report.check("a.pt", ruined, ruined, student, student.argmax(1), *TOLERANCE)
     assert "with the float student" in line
     assert "(needed: 90.00%)" in line
+
+
+def test_a_file_that_answers_otherwise_may_ship_if_it_is_as_accurate():
+    labels = torch.arange(100) % 4
+    student, other, chance = (torch.eye(4)[labels].clone() for _ in range(3))
+    student[:20] = student[:20].roll(1, 1)  # wrong on the first fifth
+    other[80:] = other[80:].roll(1, 1)  # and this one on the last
+    chance[:] = torch.eye(4)[0]
+    exact, loose = TOLERANCE[0], {"logit": None, "agreement": 0.9, "accuracy_drop": 0.02}
+    assert report.check("a.pt", other, other, student, labels, exact, loose) == []
+    (line,) = report.check("a.pt", chance, chance, student, labels, exact, loose)
+    assert "and is 55.00% less accurate (allowed: 2.00%)" in line
+    worse = other.clone()
+    worse[40:44] = worse[40:44].roll(1, 1)
+    assert report.check("a.pt", worse, worse, student, labels, exact, loose) != []
 
 
 def test_a_file_that_was_altered_after_export_fails(tmp_path):
@@ -183,10 +219,10 @@ def test_a_file_that_was_altered_after_export_fails(tmp_path):
         for file in export(source, images, tmp_path / name, {}):
             with torch.no_grad():
                 logits, student = source(images), net(images)
-            assert report.check(file.path.name, file.run(images), logits, student, TOLERANCE) == []
+            assert report.check(file.path.name, file.run(images), logits, student, student.argmax(1), *TOLERANCE) == []
             _alter_largest_tensor(file.path)
             (altered,) = (again for again in reload(tmp_path / name) if again.path == file.path)
-            assert report.check(file.path.name, altered.run(images), logits, student, TOLERANCE)
+            assert report.check(file.path.name, altered.run(images), logits, student, student.argmax(1), *TOLERANCE)
 
 
 def _alter_largest_tensor(path: Path) -> None:
@@ -226,19 +262,19 @@ def test_a_per_tensor_ruined_depthwise_network_fails_and_ours_passes():
     images = torch.rand(300, 3, 6, 6)
     with torch.no_grad():
         student, bad, good = net(images), ruined(images), dynamic_int8(net)(images)
-    (line,) = report.check("ruined.pt", bad, bad, student, TOLERANCE)
+    (line,) = report.check("ruined.pt", bad, bad, student, student.argmax(1), *TOLERANCE)
     assert "with the float student" in line
-    assert report.check("good.pt", good, good, student, TOLERANCE) == []
+    assert report.check("good.pt", good, good, student, student.argmax(1), *TOLERANCE) == []
 
 
 def test_nan_fails():
     logits = torch.randn(10, 3)
     broken = logits.clone()
     broken[4] = float("nan")
-    assert report.check("a.pt", broken, broken, logits, TOLERANCE) == [
+    assert report.check("a.pt", broken, broken, logits, logits.argmax(1), *TOLERANCE) == [
         "a.pt: answers NaN or infinity for 1 of 10 images"
     ]
-    assert "differ by up to nan" in report.check("a.pt", logits, broken, logits, TOLERANCE)[0]
+    assert "differ by up to nan" in report.check("a.pt", logits, broken, logits, logits.argmax(1), *TOLERANCE)[0]
 
 
 # The report's files
@@ -264,6 +300,26 @@ def test_the_json_holds_the_figures_in_order_with_their_circumstances(tmp_path):
     assert content["environment"]["torch"] == torch.__version__.partition("+")[0]
     assert content["environment"]["threads"] == torch.get_num_threads()
     assert "one thread" in content["protocol"]["latency"]
+
+
+def test_speed_is_compared_with_eager_and_with_the_float_file_of_the_same_runtime():
+    rows = [
+        Row("student", latency_ms=6.0, int8_share=0.0),
+        Row("teacher", latency_ms=12.0, int8_share=0.0),
+        Row("student.onnx", latency_ms=2.0, int8_share=0.0, format="onnx"),
+        Row("student-int8.onnx", latency_ms=0.5, int8_share=1.0, format="onnx"),
+        Row("student-int8.pte", latency_ms=0.25, int8_share=1.0, format="executorch"),
+        Row("student.pte", int8_share=0.0, format="executorch"),
+    ]
+    found = {row.name: (row.times_eager, row.times_float) for row in report.compare(rows)}
+    assert found == {
+        "student": (1, None),
+        "teacher": (0.5, None),
+        "student.onnx": (3, 1),
+        "student-int8.onnx": (12, 4),
+        "student-int8.pte": (24, None),
+        "student.pte": (None, None),
+    }
 
 
 def test_the_markdown_is_a_table_of_equal_rows(tmp_path):

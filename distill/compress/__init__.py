@@ -3,11 +3,32 @@
 step(net, finetune=None, data=None, flow="fx", **options) -> nn.Module
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from distill.compress.coverage import describe
 from distill.data.base import Data
+from distill.errors import UsageError, UserError
+from distill.progress import say
+
+
+def compress(
+    steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable, flows: Iterable[str]
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed."""
+    nets, failures = {}, []
+    for flow in dict.fromkeys(flows):
+        say(f"compress: {', '.join(steps)} ({flow})")
+        try:
+            nets[flow] = chain(steps, net, data, finetune, flow)
+        except UsageError:
+            raise
+        except UserError as error:
+            failures.append(f"compress for {flow}: {error}")
+        else:
+            say(describe(nets[flow]))
+    return nets, failures
 
 
 def chain(

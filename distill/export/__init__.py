@@ -1,31 +1,47 @@
-"""From networks to files. An exporter is a module with two functions:
+"""From networks to files. An exporter is a module with two functions and a constant:
 
 export(net, example, stem, metadata) -> list[Artifact]    writes stem.SUFFIX …
 reload(stem) -> list[Artifact]                            those of them that are there
+FLOW                                                      which quantization its runtime executes natively
 """
 
+from __future__ import annotations
+
+import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from distill.data.base import Data
 from distill.errors import UserError
 from distill.export.artifact import Artifact
 
+if TYPE_CHECKING:  # a file's own process (serve.py) loads nothing of the data
+    from distill.data.base import Data
+
+Nets = Mapping[str, Mapping[str, nn.Module]]  # {file name: {flow: the plain network, quantized for that flow}}
+
+
+def flow(exporter: Callable) -> str:
+    """FLOW of the module in which an `export` or `reload` stands."""
+    return sys.modules[getattr(exporter, "func", exporter).__module__].FLOW
+
+
+def for_all(net: nn.Module, exporters: Mapping[str, Callable]) -> dict[str, nn.Module]:
+    """A network that is the same in every flow, such as the float student."""
+    return {flow(exporter): net for exporter in exporters.values()}
+
 
 def export(
-    nets: Mapping[str, nn.Module],
-    exporters: Mapping[str, Callable],
-    folder: Path,
-    data: Data,
-    metadata: Mapping,
+    nets: Nets, exporters: Mapping[str, Callable], folder: Path, data: Data, metadata: Mapping
 ) -> tuple[dict[str, list[Artifact]], list[str]]:
     """Write every network with every exporter as folder/NAME.SUFFIX; one that fails doesn't stop the others.
 
     Args:
-        nets: plain networks by file name.
+        nets: plain networks by file name and flow; an exporter whose flow is not there is left out.
         exporters: `export(net, example, stem, metadata)` by name.
 
     Returns:
@@ -33,24 +49,35 @@ def export(
     """
     rows = torch.arange(2) % len(data.val)
     example = data.val[rows, rows].images
-    metadata = {"classes": data.classes, **metadata}
+    metadata = {"classes": data.classes, "input": preparation(data), **metadata}
     files, failures = {name: [] for name in nets}, []
-    for name, net in nets.items():
+    for name, flows in nets.items():
         for exporter in exporters.values():
+            if flow(exporter) not in flows:
+                continue
             try:
-                files[name] += exporter(net, example, folder / name, metadata)
+                files[name] += exporter(flows[flow(exporter)], example, folder / name, metadata)
             except UserError as error:
-                failures.append(str(error))
+                failures.append(f"{name}: {error}")
     return files, failures
 
 
-def reload(nets: Mapping[str, nn.Module], reloaders: Mapping[str, Callable], folder: Path) -> dict[str, list[Artifact]]:
+def reload(nets: Nets, reloaders: Mapping[str, Callable], folder: Path) -> dict[str, list[Artifact]]:
     """The files that an earlier `export` of the same networks wrote.
 
     Raises:
         UserError: there are none.
     """
-    files = {name: [file for reload in reloaders.values() for file in reload(folder / name)] for name in nets}
+    files = {
+        name: [file for reload in reloaders.values() if flow(reload) in flows for file in reload(folder / name)]
+        for name, flows in nets.items()
+    }
     if not any(files.values()):
         raise UserError(f"no exported files in {folder}: add export to the stages")
     return files
+
+
+def preparation(data: Data) -> dict:
+    """{"short_side": to which an image is resized before its middle is cut out}, as the test images were."""
+    resize = getattr(data.test.transform, "resize", None)
+    return {} if resize is None else {"short_side": math.ceil(round(resize * data.image_size, 6))}

@@ -1,7 +1,8 @@
 """A file that ships, and how it is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -9,14 +10,50 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.files import atomic
 
+Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N, K)
+
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported file. `run` answers from the file itself, reloaded in its own runtime at the first call."""
+    """An exported file.
 
-    format: str  # "torchscript", "lite"
+    `load(path)` opens it in its own runtime, on as many threads as torch then has, and raises UserError where it
+    can't. It is a function of a module, so that another process can import it (distill/export/serve.py).
+    """
+
+    format: str  # "torchscript", "lite", "executorch", "onnx", "torch_export"
     path: Path
-    run: Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N, K)
+    flow: str  # which quantization the runtime executes: distill.compress.flows
+    load: Callable[[Path], Model]
+    rounds: bool = False  # in int8 kernels of its own: an int8 file equals its source but for roundings
+
+    def run(self, images: Tensor) -> Tensor:
+        """The file's answer, in this process: images (N, C, H, W) in [0, 1] to logits (N, K)."""
+        return self._model(images)
+
+    @cached_property
+    def _model(self) -> Model:
+        return self.load(self.path)
+
+
+def describe(example: Tensor, metadata: Mapping) -> dict:
+    """What every file says of itself: how its input is to be made from an image, and `metadata`.
+
+    Args:
+        example: images (N, C, H, W).
+        metadata: plain JSON values; what it says of "input" is added to what is said here.
+    """
+    channels, height, width = example.shape[1:]
+    described = {
+        "layout": "NCHW",
+        "dtype": "float32",
+        "range": [0, 1],
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "normalization": "in the graph",
+    }
+    return {**metadata, "input": described | metadata.get("input", {})}
 
 
 def write(path: Path, data: bytes) -> None:

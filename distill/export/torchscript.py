@@ -7,7 +7,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,10 +15,10 @@ from torch.backends import xnnpack
 from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
-from distill.compress.coverage import int8_share
 from distill.errors import UserError
-from distill.export.artifact import Artifact, write
+from distill.export.artifact import Artifact, Model, describe, write
 
+FLOW = "fx"
 METADATA = "metadata.json"
 
 
@@ -35,26 +34,18 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     Raises:
         UserError: `net` cannot be traced, or a file cannot be written.
     """
+    from distill.compress.coverage import stored  # not what a file's own process loads
+
     stem = Path(stem)
-    channels, height, width = example.shape[1:]
-    metadata = {
-        "input": {
-            "layout": "NCHW",
-            "dtype": "float32",
-            "range": [0, 1],
-            "channels": channels,
-            "height": height,
-            "width": width,
-        },
-        **metadata,
-    }
-    extra = {METADATA: json.dumps(metadata, ensure_ascii=False)}
+    extra = {METADATA: json.dumps(describe(example, metadata), ensure_ascii=False)}
     script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
     with _no_deprecations(), torch.no_grad():
         traced = script = lite = _trace(net, example)
         note = ""
-        if int8_share(net) == 0:  # freezing and mobile optimisation would write int8 weights out as float
+        kinds = stored(net)
+        if "weight-only int8" not in kinds:  # freezing would write such weights out as float
             script = lite = torch.jit.freeze(traced)
+        if set(kinds) == {"float"}:
             if xnnpack.enabled:
                 lite = optimize_for_mobile(traced)
             else:
@@ -72,8 +63,8 @@ def reload(stem: Path) -> list[Artifact]:
     """The files that `export` wrote at `stem`, those of them that are there."""
     script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
     files = [
-        Artifact("torchscript", script_path, _reloading(torch.jit.load, script_path)),
-        Artifact("lite", lite_path, _reloading(_load_for_lite_interpreter, lite_path)),
+        Artifact("torchscript", script_path, FLOW, load_script),
+        Artifact("lite", lite_path, FLOW, load_lite),
     ]
     return [file for file in files if file.path.is_file()]
 
@@ -92,21 +83,22 @@ def read_metadata(path: Path) -> dict:
         raise UserError(f"{path} has no readable {METADATA}: expected a .pt or .ptl that distill exported") from error
 
 
-def _reloading(load: Callable, path: Path) -> Callable[[Tensor], Tensor]:
-    @cache
-    def module():
-        try:
-            with _no_deprecations():
-                return load(str(path))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"cannot load {path}: {reason}; export it again") from error
+def load_script(path: Path) -> Model:
+    return _load(torch.jit.load, path)
 
-    def run(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module()(images)
 
-    return run
+def load_lite(path: Path) -> Model:
+    return _load(_load_for_lite_interpreter, path)
+
+
+def _load(load: Callable, path: Path) -> Model:
+    try:
+        with _no_deprecations():
+            module = load(str(path))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load {path}: {reason}; export it again") from error
+    return torch.no_grad()(lambda images: module(images))
 
 
 def _trace(net: nn.Module, example: Tensor) -> torch.jit.ScriptModule:

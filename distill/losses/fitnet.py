@@ -4,8 +4,8 @@
 
 As in the released code and every benchmark since (Tian et al., ICLR 2020: weight 100), the mean of the squared
 differences stands for half their sum, and hint and labels train together instead of in two phases. As there, too, the
-regressor is a convolution with batch norm, and a ReLU where the hint came out of one: without them that weight diverges.
-Its shape is inferred from the two taps, 1×1.
+regressor is a convolution with batch norm, and a ReLU where the hint came out of one: without them that weight
+diverges. Its shape is inferred from the two taps, 1×1.
 """
 
 from torch import Tensor, nn

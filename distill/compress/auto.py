@@ -1,0 +1,234 @@
+"""compress=auto: the smallest file within a budget, found by making and measuring candidates.
+
+A candidate is a share of channels to prune and a way to quantize what is left. Bytes and latency need no training:
+they are measured first, on the exported file in its own runtime, for all candidates. Those within the budget are then
+trained and scored on the validation images, the smallest first, until one is accurate enough.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill.compress.dynamic_int8 import dynamic_int8
+from distill.compress.prune import prune
+from distill.compress.qat_int8 import qat_int8
+from distill.compress.static_int8 import static_int8
+from distill.compress.weight_only_int8 import weight_only_int8
+from distill.data.base import Data
+from distill.errors import UsageError, UserError
+from distill.export.serve import serve
+from distill.measure import latency, predict
+from distill.progress import say
+from distill.sizes import parse_bytes
+
+RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # what measures a flow
+QUANTIZERS = {
+    "none": None,
+    "weight_only_int8": weight_only_int8,
+    "dynamic_int8": dynamic_int8,
+    "static_int8": static_int8,
+    "qat_int8": qat_int8,
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is done to the student, and what was measured of it; None: not measured."""
+
+    ratio: float  # of channels pruned
+    quantizer: str
+    bytes: int | None = None
+    latency_ms: float | None = None
+    drop: float | None = None  # of validation accuracy, to the float student's, in [0, 1]
+
+    def __str__(self) -> str:
+        steps = [f"prune {self.ratio}"] * (self.ratio > 0) + [self.quantizer] * (self.quantizer != "none")
+        return " + ".join(steps) or "as it is"
+
+
+def auto(
+    net: nn.Module,
+    finetune: Callable | None = None,
+    data: Data | None = None,
+    flow: str = "fx",
+    *,
+    bytes: int | str | None = None,
+    latency_ms: float | None = None,
+    accuracy_drop: float = 0.01,
+    ratios: Sequence[float] = (0.0, 0.3, 0.5, 0.7),
+    quantizers: Sequence[str] = ("weight_only_int8", "static_int8", "qat_int8"),
+    epochs: int = 5,
+    lr: float = 5e-3,
+) -> nn.Module:
+    """`net` compressed as the smallest file of `flow`'s runtime within the budget, and a table of what was measured.
+
+    Args:
+        net: float32 on the CPU, images (N, C, H, W) to logits (N, K); untouched.
+        finetune: trains candidates, see distill/finetune.py.
+        data: training images calibrate, validation images decide.
+        bytes: of the file, at most: a number or "1MB"; None: any.
+        latency_ms: of one image on one thread of this machine, at most; None: any.
+        accuracy_drop: of validation accuracy, in [0, 1], at most, to that of `net`.
+        ratios: shares of channels to prune, see distill/compress/prune.py; 0: none.
+        quantizers: of QUANTIZERS.
+        epochs, lr: of the fine-tuning after pruning.
+
+    Raises:
+        UsageError: an unknown quantizer, a ratio out of range.
+        UserError: no candidate is within the budget: says which came closest and what it misses.
+    """
+    unknown = [name for name in quantizers if name not in QUANTIZERS]
+    if unknown or not all(0 <= ratio < 1 for ratio in ratios) or not (ratios and quantizers):
+        raise UsageError(
+            f"compress.auto: ratios={list(ratios)} must be in [0, 1), quantizers={list(quantizers)} some of "
+            f"{', '.join(QUANTIZERS)}"
+        )
+    if latency_ms is not None and not isinstance(latency_ms, (int, float)):
+        raise UsageError(f"budget.latency_ms={latency_ms}: expected milliseconds, such as 5")
+    limit = None if bytes is None else parse_bytes(bytes, "budget.bytes")
+    bare = {ratio: _pruned(net, data, ratio, None, 0, lr) for ratio in ratios}
+    found = [
+        candidate
+        for ratio in ratios
+        if bare[ratio] is not None
+        for candidate in _measured(bare[ratio], ratio, quantizers, data, flow)
+    ]
+    wanted = _accuracy(net, data)
+    small_enough = [
+        candidate
+        for candidate in sorted(found, key=lambda each: (each.bytes, each.quantizer == "qat_int8"))
+        if (limit is None or candidate.bytes <= limit) and (latency_ms is None or candidate.latency_ms <= latency_ms)
+    ]
+    chosen = None
+    for candidate in small_enough:
+        train = _named(finetune, candidate)
+        narrow = _pruned(net, data, candidate.ratio, train, epochs, lr)
+        result = _quantized(narrow, candidate.quantizer, train, data, flow)
+        drop = wanted - _accuracy(result, data)
+        found[found.index(candidate)] = candidate = replace(candidate, drop=drop)
+        say(f"  auto: {candidate}: {drop:+.2%} of validation accuracy lost")
+        if drop <= accuracy_drop:
+            chosen = candidate
+            break
+    say(table(found, chosen))
+    if chosen is None:
+        raise UserError(_miss(found, limit, latency_ms, accuracy_drop, flow))
+    return result
+
+
+def pareto(found: Sequence[Candidate]) -> list[Candidate]:
+    """Those than which no other is both smaller and faster (or as small and as fast)."""
+
+    def beaten(one: Candidate) -> bool:
+        return any(
+            other.bytes <= one.bytes
+            and other.latency_ms <= one.latency_ms
+            and (other.bytes, other.latency_ms) != (one.bytes, one.latency_ms)
+            for other in found
+        )
+
+    return [one for one in found if not beaten(one)]
+
+
+def table(found: Sequence[Candidate], chosen: Candidate | None) -> str:
+    """All candidates, smallest first; * on the Pareto front of bytes and latency, → chosen."""
+    front = pareto(found)
+    lines = [f"  {'':2} {'candidate':<32} {'kB':>9} {'ms':>8} {'accuracy lost':>14}"]
+    for one in sorted(found, key=lambda each: each.bytes):
+        mark = ("→" if one is chosen else "") + ("*" if one in front else "")
+        lost = "not measured" if one.drop is None else f"{one.drop:+.2%}"
+        lines.append(f"  {mark:2} {one!s:<32} {one.bytes / 1000:>9,.1f} {one.latency_ms:>8.3f} {lost:>14}")
+    return "\n".join(lines)
+
+
+def _pruned(net: nn.Module, data: Data, ratio: float, train: Callable | None, epochs: int, lr: float):
+    """`net` with fewer channels; None where its channels are too few for that ratio."""
+    if ratio == 0:
+        return net
+    try:
+        return prune(net, train, data, ratio=ratio, epochs=epochs, lr=lr)
+    except UsageError:
+        raise
+    except UserError as error:
+        say(f"  auto: ratio {ratio} is left out: {error}")
+        return None
+
+
+def _quantized(net: nn.Module, quantizer: str, train: Callable | None, data: Data, flow: str) -> nn.Module:
+    step = QUANTIZERS[quantizer]
+    return net if step is None else step(net, train, data, flow)
+
+
+def _measured(net: nn.Module, ratio: float, quantizers, data: Data, flow: str) -> list[Candidate]:
+    """Bytes and latency of each way to quantize `net`, in one round of turns. QAT's file is as static int8's."""
+    runtime = import_module(f"distill.export.{RUNTIMES[flow]}")
+    example = data.val[torch.arange(2), torch.zeros(2, dtype=torch.int64)].images
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name in dict.fromkeys("static_int8" if each == "qat_int8" else each for each in quantizers):
+            try:
+                small = _quantized(net, name, None, data, flow)
+                files[name] = runtime.export(small, example, Path(folder, name), {})[0]
+            except UsageError:
+                raise
+            except UserError as error:
+                say(f"  auto: {name} is left out: {error}")
+        with serve(files) as served:
+            times = latency({name: each.time for name, each in served.items()}, example, seconds=1)
+        sizes = {name: file.path.stat().st_size for name, file in files.items()}
+    like = {name: "static_int8" if name == "qat_int8" else name for name in quantizers}
+    return [
+        Candidate(ratio, name, sizes[like[name]], times[like[name]]["latency_ms"])
+        for name in quantizers
+        if like[name] in times
+    ]
+
+
+def _named(finetune: Callable | None, candidate: Candidate) -> Callable | None:
+    """`finetune` into a folder of the candidate's own: those of one ratio share what was pruned."""
+    if finetune is None:
+        raise UserError("compress=auto trains: it needs a run with data and losses")
+
+    def train(net: nn.Module, name: str, **options) -> nn.Module:
+        return finetune(net, f"auto-{candidate.ratio}-{name}", **options)
+
+    return train
+
+
+@torch.no_grad()
+def _accuracy(net: nn.Module, data: Data) -> float:
+    logits, labels, _ = predict({"net": net}, data.val_loader())
+    answers: Tensor = logits["net"].argmax(1)
+    return (answers == labels).double().mean().item()
+
+
+def _miss(found: Sequence[Candidate], limit: int | None, latency_ms: float | None, drop: float, flow: str) -> str:
+    """The one line for a budget that can't be met."""
+    asked = ", ".join(
+        text
+        for text in (
+            limit is not None and f"{limit:,} bytes",
+            latency_ms is not None and f"{latency_ms} ms",
+            f"{drop:.1%} of accuracy lost",
+        )
+        if text
+    )
+    scored = [one for one in found if one.drop is not None]
+    if scored:
+        closest = min(scored, key=lambda one: one.drop)
+        came = f"loses {closest.drop:.1%} of validation accuracy"
+    elif found:
+
+        def excess(one: Candidate) -> float:
+            return max(one.bytes / (limit or one.bytes), one.latency_ms / (latency_ms or one.latency_ms))
+
+        closest = min(found, key=excess)
+        came = f"takes {closest.bytes:,} bytes and {closest.latency_ms:.3f} ms"
+    else:
+        return f"compress=auto ({flow}): no candidate could be made; see the lines above"
+    return f"compress=auto ({flow}): no candidate is within {asked}; closest: {closest}, which {came}"

@@ -1,0 +1,111 @@
+"""ExecuTorch: NAME.pte for PyTorch's runtime on phones, its convolutions and matrix products in XNNPACK.
+
+The batch is dynamic up to MOST images, for which the file plans its memory; measured on ResNet-20 and MobileNetV2,
+one image is no slower than in a file for one image only. `load` splits larger batches.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.export import graph
+from distill.export.artifact import Artifact, Model, describe, write
+
+FLOW = "xnnpack"
+MOST = 8
+METADATA = "metadata"  # the method of the file that returns the metadata as JSON
+
+
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
+    """Writes stem.pte, for any batch size up to MOST; its method `metadata` returns `metadata` as JSON.
+
+    Args:
+        net: float, or int8 of the flow "xnnpack", eval mode on the CPU, images in [0, 1] to logits (N, K).
+        example: images (N, C, H, W); gives the input's size.
+        stem: the file's path without suffix.
+        metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+
+    Raises:
+        UserError: executorch is missing, does not know a part of `net`, or the file cannot be written.
+    """
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ImportError as error:
+        raise _missing() from error
+    from distill.compress.coverage import stored  # not what a file's own process loads
+
+    if "weight-only int8" in stored(net):
+        raise UserError(
+            "ExecuTorch computes layers whose int8 weights are dequantized in the graph wrongly, and "
+            "a hundred times slower: choose compress=[static_int8] for it"
+        )
+    stem, described = Path(stem), json.dumps(describe(example, metadata), ensure_ascii=False)
+    program = graph.capture(net, torch.cat([example[:1]] * 2), "ExecuTorch", most=MOST)
+    with graph.quiet(), torch.no_grad():
+        try:
+            lowered = to_edge_transform_and_lower(
+                program, partitioner=[XnnpackPartitioner()], constant_methods={METADATA: described}
+            )
+            finished = lowered.to_executorch()
+        except Exception as error:  # whatever a pass of its compiler stumbles over
+            raise graph.refuse(error, program, "ExecuTorch") from error
+    _check_kernels(finished, program)
+    write(stem.parent / f"{stem.name}.pte", finished.buffer)
+    return reload(stem)
+
+
+def reload(stem: Path) -> list[Artifact]:
+    """The file that `export` wrote at `stem`, if it is there."""
+    path = stem.parent / f"{stem.name}.pte"
+    return [Artifact("executorch", path, FLOW, load, rounds=True)] if path.is_file() else []
+
+
+def load(path: Path) -> Model:
+    """The file in ExecuTorch's runtime."""
+    method = _program(path).load_method("forward")
+
+    def run(images: Tensor) -> Tensor:
+        parts = [method.execute((part.contiguous(),))[0] for part in images.split(MOST)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return run
+
+
+def read_metadata(path: Path) -> dict:
+    """What `export` wrote into the file."""
+    return json.loads(_program(path).load_method(METADATA).execute(())[0])
+
+
+def _program(path: Path):
+    try:
+        with graph.quiet():
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
+    except ImportError as error:
+        raise _missing() from error
+    if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
+        portable_lib._unsafe_reset_threadpool(torch.get_num_threads())
+    try:
+        return Runtime.get().load_program(path)
+    except RuntimeError as error:
+        raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
+
+
+def _check_kernels(finished, program) -> None:
+    """The compiler also lets through operators for which the runtime has no kernel."""
+    from executorch.runtime import Runtime
+
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    known = Runtime.get().operator_registry.operator_names
+    for operator in finished.executorch_program.execution_plan[0].operators:
+        name = f"{operator.name}.{operator.overload}" if operator.overload else operator.name
+        if name not in known and f"{name}.default" not in known:
+            raise graph.unknown(name, graph.source(name, calls), "ExecuTorch's runtime")
+
+
+def _missing() -> UserError:
+    return UserError("ExecuTorch files need the package executorch: pip install 'distill[executorch]'")

@@ -1,0 +1,124 @@
+"""ONNX: NAME.onnx for ONNX Runtime and ONNX Runtime Mobile; int8 as QuantizeLinear and DequantizeLinear pairs,
+which ONNX Runtime fuses into its int8 kernels when it loads the file.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.export import graph
+from distill.export.artifact import Artifact, Model, describe, write
+
+FLOW = "onnx"
+OPSET = 23  # the newest that torch.onnx writes; ONNX Runtime reads it from 1.22 on
+METADATA = "distill"  # the key in the file's metadata_props
+
+
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
+    """Writes stem.onnx: "images" (batch, C, H, W) to "logits" (batch, K), opset OPSET.
+
+    Args:
+        net: float, or int8 of the flow "onnx", eval mode on the CPU, images in [0, 1] to logits (N, K).
+        example: images (N, C, H, W); gives the input's size.
+        stem: the file's path without suffix.
+        metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+
+    Raises:
+        UserError: onnx is missing, does not know a part of `net`, or the file cannot be written.
+    """
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx needs
+    except ImportError as error:
+        raise _missing() from error
+    stem = Path(stem)
+    program = graph.capture(net, torch.cat([example[:1]] * 2), "ONNX")
+    with graph.quiet(), torch.no_grad():
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                custom_translation_table=_quantization(),
+                verbose=False,
+            )
+        except Exception as error:  # its own exceptions are private
+            raise graph.refuse(error, program, "ONNX") from error
+    for node in written.model.graph.all_nodes():  # where each came from in Python: a tenth of a small file
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    written.model.metadata_props.clear()
+    written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
+    write(stem.parent / f"{stem.name}.onnx", written.model_proto.SerializeToString())
+    return reload(stem)
+
+
+def reload(stem: Path) -> list[Artifact]:
+    """The file that `export` wrote at `stem`, if it is there."""
+    path = stem.parent / f"{stem.name}.onnx"
+    return [Artifact("onnx", path, FLOW, load, rounds=True)] if path.is_file() else []
+
+
+def load(path: Path) -> Model:
+    """The file in ONNX Runtime, on the CPU."""
+    session = _session(path)
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": np.ascontiguousarray(images)})[0])
+
+
+def read_metadata(path: Path) -> dict:
+    """What `export` wrote into the file."""
+    return json.loads(_session(path).get_modelmeta().custom_metadata_map[METADATA])
+
+
+def _session(path: Path):
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _missing() from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own exceptions have no common class
+        raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
+
+
+def _quantization() -> dict:
+    """torch.onnx does not know PT2E's operators; ONNX has the same ones by other names.
+
+    Each takes the clamping bounds too, which are those of the type in every flow of this toolkit, or -127 for
+    weights that are integers already.
+    """
+    import torch.ao.quantization.fx._decomposed  # registers the operators
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    def parameters(scale: float, zero_point: int, dtype):
+        return op.Constant(value_float=scale), op.Constant(value=ir.tensor(zero_point, dtype=dtype))
+
+    def quantize(images, scale: float, zero_point: int, low: int, high: int, dtype: int):
+        return op.QuantizeLinear(images, *parameters(scale, zero_point, dtype))
+
+    def dequantize(images, scale: float, zero_point: int, low: int, high: int, dtype: int):
+        return op.DequantizeLinear(images, *parameters(scale, zero_point, dtype))
+
+    def dequantize_weights(weights, scales, zero_points, axis: int, low: int, high: int, dtype: int):
+        return op.DequantizeLinear(weights, scales, op.Cast(zero_points, to=dtype), axis=axis)
+
+    ops = torch.ops.quantized_decomposed
+    return {
+        ops.quantize_per_tensor.default: quantize,
+        ops.dequantize_per_tensor.default: dequantize,
+        ops.dequantize_per_channel.default: dequantize_weights,
+    }
+
+
+def _missing() -> UserError:
+    return UserError("ONNX files need the packages onnx, onnxscript and onnxruntime: pip install 'distill[onnx]'")

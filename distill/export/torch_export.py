@@ -1,0 +1,72 @@
+"""torch.export archive: NAME.pt2, the captured graph with its weights, for PyTorch and for compilers that start there.
+
+An int8 network is written as XNNPACK quantizes it, with operators that PyTorch computes in float: small and exact, and
+not fast in Python.
+"""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.export import graph
+from distill.export.artifact import Artifact, Model, describe, write
+
+FLOW = "xnnpack"
+METADATA = "metadata.json"
+
+
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
+    """Writes stem.pt2, for any batch size, with `metadata` inside.
+
+    Args:
+        net: float, or int8 of the flow "xnnpack", eval mode on the CPU, images in [0, 1] to logits (N, K).
+        example: images (N, C, H, W); gives the input's size.
+        stem: the file's path without suffix.
+        metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+
+    Raises:
+        UserError: `net` cannot be captured, or the file cannot be written.
+    """
+    stem, buffer = Path(stem), io.BytesIO()
+    described = json.dumps(describe(example, metadata), ensure_ascii=False)
+    program = graph.capture(net, torch.cat([example[:1]] * 2), "torch.export")
+    for node in program.graph.nodes:  # where each came from in Python: half of a small file
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+            node.meta.pop(key, None)
+    with graph.quiet():
+        try:
+            torch.export.save(program, buffer, extra_files={METADATA: described})
+        except Exception as error:  # an operator without a schema, a constant that is no tensor
+            raise graph.refuse(error, program, "torch.export") from error
+    write(stem.parent / f"{stem.name}.pt2", buffer.getvalue())
+    return reload(stem)
+
+
+def reload(stem: Path) -> list[Artifact]:
+    """The file that `export` wrote at `stem`, if it is there."""
+    path = stem.parent / f"{stem.name}.pt2"
+    return [Artifact("torch_export", path, FLOW, load)] if path.is_file() else []
+
+
+def load(path: Path) -> Model:
+    """The file's graph, executed by PyTorch one operator at a time. torch.export.load may unpickle parts of it: for
+    files of your own only."""
+    import torch.ao.quantization.fx._decomposed  # registers the operators of int8 files
+
+    try:
+        with graph.quiet():
+            return torch.no_grad()(torch.export.load(path).module())
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
+
+
+def read_metadata(path: Path) -> dict:
+    """What `export` wrote beside the graph; nothing of the file is executed."""
+    with zipfile.ZipFile(path) as file:
+        name = next(name for name in file.namelist() if name.endswith(METADATA))
+        return json.loads(file.read(name))
