@@ -13,11 +13,15 @@ import torch
 
 
 def in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """A B C A B C …: what each contender returns, by round; a first round of each, to warm up, is left out."""
+    """A B C, B C A, C A B …: what each contender returns, by round; a first round, to warm up, is left out.
+
+    Who begins changes, because what runs before a contender leaves it warm or cold memory.
+    """
     found: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     for turn in range(rounds + 1):
-        for name, contender in contenders.items():
-            value = contender()
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            value = contenders[name]()
             if turn > 0:
                 found[name].append(value)
                 print(f"  round {turn}/{rounds} {name}: {value:.3f}", flush=True)

@@ -1,9 +1,13 @@
-"""Shared by the tests: two CPU threads at most, and `train`, which runs the command line in this process."""
+"""Shared by the tests: one CPU thread for each of pytest's processes, and `train`, which runs the command line here."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 import torch
 
 from distill import cli
@@ -14,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # train.py
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
