@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from distill import compress
+from distill.compress import flows
 from distill.compress.calibrate import calibration
 from distill.compress.cast import cast
 from distill.compress.coverage import coverage, describe, int8_share, stored
@@ -173,3 +174,18 @@ def test_the_chain_hands_everything_to_each_step():
         return [*net, (finetune, data, flow)]
 
     assert compress.chain({"a": step, "b": step}, [], 1, 2, "onnx") == [(2, 1, "onnx")] * 2
+
+
+def test_for_onnx_nothing_is_rounded_between_a_convolution_and_its_relu6():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    images = torch.rand(8, 3, 8, 8)
+    prepared = flows.prepare(net, images, "onnx")
+    prepared(images)
+    small = flows.convert(prepared, "onnx")
+    (clamp,) = (node for node in small.graph.nodes if node.target in flows.CLAMPS)
+    assert "conv2d" in str(clamp.args[0].target)
+    (rounded,) = clamp.users
+    assert "quantize" in str(rounded.target)
+    with torch.no_grad():
+        assert (small(images) - net(images)).abs().max() < 0.05 * net(images).abs().max()

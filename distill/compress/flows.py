@@ -11,7 +11,6 @@ a tensor, depthwise networks fall to chance (Krishnamoorthi 2018, arXiv:1806.083
 """
 
 import copy
-import traceback
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,11 +22,13 @@ from torch.ao.nn.intrinsic.qat import freeze_bn_stats
 from torch.ao.quantization import quantize_fx
 
 from distill.errors import UsageError, UserError
+from distill.export.graph import place
 
 FLOWS = ("fx", "xnnpack", "onnx")
 OBSERVERS = ("histogram", "minmax", "moving_average")
 
 BATCH_NORM, DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
+CLAMPS = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)  # ReLU6
 TRAINING = {BATCH_NORM: 5, DROPOUT: 2}  # which argument of the op says that it trains
 
 
@@ -166,8 +167,21 @@ def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
     program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     quantizer = XNNPACKQuantizer().set_global(_pt2e_config(flow, qat, observer))
     quantizer.set_filter_function(lambda node: not _modules_of(node) & skip)
-    prepare = prepare_qat_pt2e if qat else prepare_pt2e
-    return Captured(prepare(program.module(), quantizer)).train(qat)
+    prepared = (prepare_qat_pt2e if qat else prepare_pt2e)(program.module(), quantizer)
+    if flow == "onnx":
+        _round_once(prepared)
+    return Captured(prepared).train(qat)
+
+
+def _round_once(prepared: fx.GraphModule) -> None:
+    """Nothing is rounded between a convolution and its ReLU6, so that ONNX Runtime runs both as one."""
+    for node in prepared.graph.nodes:
+        if node.target in CLAMPS:
+            observed = node.args[0]
+            if observed.op == "call_module" and len(observed.users) == 1:
+                node.update_arg(0, observed.args[0])
+                prepared.graph.erase_node(observed)
+    prepared.recompile()
 
 
 def _pt2e_config(flow: str, qat: bool, observer: str):
@@ -251,21 +265,8 @@ def _capturing(net: nn.Module) -> Iterator[None]:
     except Exception as error:  # whatever the network's own code raises on a symbolic value
         name = type(net.net if hasattr(net, "net") else net).__name__
         reason = str(error).strip().partition("\n")[0][:200]
-        where = _place(error, net)
+        where = place(error, net)
         raise UserError(
             f"{name} can't be captured as a graph{where}: {type(error).__name__}: {reason}; let its forward not "
             "depend on values, or choose compress=[dynamic_int8], which needs no graph"
         ) from error
-
-
-def _place(error: BaseException | None, net: nn.Module) -> str:
-    """' at layer X (file:line)' of the innermost module of `net` that was running when it failed."""
-    modules = {type(module): path for path, module in net.named_modules() if path}
-    while error is not None:
-        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-            module = frame.f_locals.get("self")
-            if type(module) in modules and frame.f_code.co_name == "forward":
-                path = next((path for path, each in net.named_modules() if each is module), modules[type(module)])
-                return f" at layer {path} ({frame.f_code.co_filename.rpartition('/')[2]}:{line})"
-        error = error.__cause__ or error.__context__
-    return ""

@@ -35,7 +35,7 @@ def capture(net: nn.Module, example: Tensor, name: str, most: int | None = None)
             batch = Dim("batch", min=1, max=most)
             return torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
         except Exception as error:  # whatever the network's own code raises on a symbolic value
-            where = _place(error, net)
+            where = place(error, net)
             raise UserError(
                 f"{_name(type(getattr(net, 'net', net)))} cannot be exported to {name}{where}: {reason(error)}; its "
                 "forward must not depend on the values or the number of images"
@@ -94,7 +94,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}" if kind.__module__.startswith("torch.ao.") else kind.__name__
 
 
-def _place(error: BaseException | None, net: nn.Module) -> str:
+def place(error: BaseException | None, net: nn.Module) -> str:
     """' at layer X (file:line)' of the innermost layer of `net` that was running when it failed, else ''."""
     paths = {id(module): path for path, module in net.named_modules()}
     while error is not None:
