@@ -17,7 +17,7 @@ from conftest import QUICK, ROOT
         (["loss.kd.temperature=cold"], "loss.kd.temperature=cold: expected a number, such as 4.0"),
         (["data.batch_size=1.5"], "data.batch_size=1.5: expected a whole number, such as 64"),
         (["baseline=maybe"], "baseline=maybe: expected a true or false"),
-        (["stages=[train]"], "no stage 'train'; there are teacher, distill, compress, export, report"),
+        (["stages=[train]"], "no stage 'train'; there are teacher, cache, distill, compress, export, report"),
         (["select=first"], "select=first: choose best or last"),
         (["run=nowhere"], "run=nowhere is not the folder of a run"),
         (["data=imagefolder"], "data.root must be given"),
