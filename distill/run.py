@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -128,7 +129,11 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     if (folder / "run.json").is_file():
         record = json.loads((folder / "run.json").read_text())
         if cfg.run is not None:
-            words = [*record["overrides"], *(word for word in words if not word.startswith("run="))]
+            words = [word for word in words if not word.startswith("run=")]
+            again = {
+                word.partition("=")[0] for word in words
+            }  # a group chosen anew forgets what was set in the old one
+            words = [*(word for word in record["overrides"] if re.split("[.=]", word)[0] not in again), *words]
             cfg = compose("train", words)
         _refuse_change(folder, OmegaConf.load(folder / "config.yaml"), cfg)
         record["overrides"] = words

@@ -118,6 +118,9 @@ def test_another_compression_on_a_finished_run(train, folder, capfd):
     told = capfd.readouterr().out
     assert "warning: dynamic int8 reached only 3% of the weights" in told
     assert "compress.dynamic_int8.conv=weight_only" in told
+    words = [f"run={copy}", "stages=[compress,export,report]", "compress=weight_only_int8"]
+    assert train(*words, cwd=folder.parent.parent) == 0  # what was set in the other step is forgotten
+    assert (copy / "export" / "student-weight_only_int8.pt").is_file()
 
 
 def test_a_finished_run_is_not_continued_with_another_configuration(train, folder, capfd):

@@ -11,6 +11,7 @@ a tensor, depthwise networks fall to chance (Krishnamoorthi 2018, arXiv:1806.083
 """
 
 import copy
+import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -251,6 +252,7 @@ def _used(graph: fx.GraphModule) -> fx.GraphModule:
 @contextmanager
 def quiet() -> Iterator[None]:
     """torch.ao.quantization is deprecated, and what TorchScript runs; the rest is advice to its developers."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
