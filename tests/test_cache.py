@@ -371,11 +371,11 @@ def test_filled_ahead_nothing_is_asked_while_training(train, quick, tmp_path, ca
 
 
 def test_nothing_to_fill_is_said(train, quick, tmp_path, capsys):
-    assert train(*quick, "stages=[cache]", "cache=off", cwd=tmp_path) == 1
+    assert train(*quick, "stages=[cache]", "cache=off", "name=nothing", cwd=tmp_path) == 1
     assert "nothing to fill" in capsys.readouterr().err
-    assert train(*quick, "cache=logits", "loss=[ce,fitnet]", cwd=tmp_path) == 2
+    assert train(*quick, "cache=logits", "loss=[ce,fitnet]", "name=features", cwd=tmp_path) == 2
     assert "cache=features keeps them" in capsys.readouterr().err
-    assert train(*quick, "cache.views=0", cwd=tmp_path) == 2
+    assert train(*quick, "cache.views=0", "name=none", cwd=tmp_path) == 2
     assert "cache.views=0" in capsys.readouterr().err
 
 
