@@ -8,10 +8,7 @@ which is its default for images in memory. What is timed is a share of an epoch,
 """
 
 import argparse
-import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -22,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks.losses import cpu
+from benchmarks.paired import record
 from distill.data.augment import ShiftFlip
 from distill.data.fake import fake
 from distill.data.policies import RandAugment
@@ -98,17 +95,8 @@ def main() -> None:
             row = measure(case, options.batch, workers, options.steps, options.turns)
             found[f"{case}, theirs with {workers} workers"] = row
             print(f"{case:<18} {workers:>7} {row['theirs']:>10,.0f} {row['ours']:>10,.0f} {row['ratio']:>7.1f}")
-    if options.json:
-        record = {
-            "command": shlex.join(["python", "-m", "benchmarks.data", *sys.argv[1:]]),
-            "batch": options.batch,
-            "turns": options.turns,
-            "versions": {name: version(name) for name in ("torch", "torchvision")},
-            "cpu": cpu(),
-            "threads": torch.get_num_threads(),
-            "cases": found,
-        }
-        options.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    versions = {name: version(name) for name in ("torch", "torchvision")}
+    record("benchmarks.data", options.json, batch=options.batch, turns=options.turns, versions=versions, cases=found)
 
 
 if __name__ == "__main__":

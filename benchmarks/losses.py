@@ -10,15 +10,11 @@ is kept for the backward pass, the student's activations included, each storage 
 
 import argparse
 import copy
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -28,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.paired import record
 from distill import build, config
 from distill.checkpoints import save_weights
 from distill.data.base import Data
@@ -162,11 +159,6 @@ def measure(steps: dict[str, tuple[Step, Step]], batch: Batch, rounds: int) -> d
     return found
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
-
-
 def table(found: dict[str, dict[str, float]]) -> str:
     rows = [f"{'loss':<22} {'ms':>8} {'time / kd':>10} {'saved MB':>9} {'saved / kd':>11} {'held kB':>9}"]
     for name, row in sorted(found.items(), key=lambda item: item[1]["time_ratio"]):
@@ -193,19 +185,15 @@ def main() -> None:
     print(table(found))
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
-    if options.json:
-        record = {
-            "command": shlex.join(["python", "-m", "benchmarks.losses", *sys.argv[1:]]),
-            "pair": f"{options.teacher} → {options.student}",
-            "batch": options.batch,
-            "steps": options.steps,
-            "versions": {"python": sys.version.split()[0], "torch": version("torch")},
-            "cpu": cpu(),
-            "threads": torch.get_num_threads(),
-            "losses": found,
-            "left_out": left_out,
-        }
-        options.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    record(
+        "benchmarks.losses",
+        options.json,
+        pair=f"{options.teacher} → {options.student}",
+        batch=options.batch,
+        steps=options.steps,
+        losses=found,
+        left_out=left_out,
+    )
 
 
 if __name__ == "__main__":

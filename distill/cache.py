@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill.data.base import Data
 from distill.errors import UsageError
-from distill.files import atomic
+from distill.files import atomic, content_key
 from distill.progress import leads, say
 from distill.sizes import human, parse_bytes
 from distill.teachers import Teacher
@@ -325,8 +325,7 @@ def open_cache(
     if reason:
         raise UsageError(f"cache={mode}: {reason}; cache=off asks the teacher every time")
     known_by = identify(teacher, data, dtype=dtype, top_k=top_k)
-    key = hashlib.sha256(json.dumps(known_by, sort_keys=True).encode()).hexdigest()
-    folder = Path(options["folder"]) / key[:16]
+    folder = Path(options["folder"]) / content_key(known_by)
     cached = Cached(teacher, folder, example, len(data.train), DTYPES[dtype], top_k)
     view_bytes = cached.bytes_per_row * len(data.train) + HEADER * len(cached.layouts)
     budget = parse_bytes(options["budget"], "cache.budget")

@@ -1,5 +1,7 @@
 """Files that are whole or not there."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +24,14 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def content_key(described: dict) -> str:
+    """16 hex digits for plain values: the name, or part of it, of what is made from them and from nothing else."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_stamp(path: Path) -> bytes:
+    """A line that changes when the file does: its path, bytes and time of change."""
+    stat = os.stat(path)
+    return os.fsencode(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}\n")

@@ -1,8 +1,6 @@
 """Training for compression steps: the same losses, the same teacher, the same Lightning module as the student's."""
 
 import copy
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +12,11 @@ from torch import distributed, nn
 from distill import build
 from distill.checkpoints import read_metadata, read_state, save_weights
 from distill.data.base import Data
+from distill.files import content_key
 from distill.fit import fit
 from distill.network import Network
 from distill.progress import say
-from distill.teachers import Teacher
+from distill.teachers import Teacher, tensors_hash
 
 DECIDES = ("data", "teacher", "optimizer", "schedule", "trainer", "seed", "select")
 
@@ -49,7 +48,7 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
         net = copy.deepcopy(net)
         step = name.partition("-")[0]
         decides = {key: build.plain(cfg[key]) for key in DECIDES} | {
-            "start": _parameters_hash(net),
+            "start": tensors_hash(net.named_parameters()),  # what observers saw may differ in the last bit
             "images": data.fingerprint,
             "loss": losses,
             "epochs": epochs,
@@ -57,7 +56,7 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
             "step": build.plain(cfg.compress.get(step)),
         }
         decides["data"].pop("num_workers", None)
-        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        key = content_key(decides)
         place = Path(folder) / "compress" / name
         weights = place / "weights.safetensors"
         if weights.exists() and read_metadata(weights).get("key") == key:
@@ -111,12 +110,3 @@ class EachEpoch(Callback):
         if now != self.told:
             self.told = now
             self.on_epoch(module.student.net, trainer.current_epoch, self.epochs, training)
-
-
-def _parameters_hash(net: nn.Module) -> str:
-    """Of the parameters alone: what observers saw in calibration may differ in the last bit between machines."""
-    digest = hashlib.sha256()
-    for name, value in net.named_parameters():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """Training: Lightning's Trainer, checkpoints that survive a kill, exact resume, the best weights."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -23,7 +22,7 @@ from distill.cache import Ask, Cached, identity, open_cache
 from distill.checkpoints import load_weights, read_state, save_weights
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.files import atomic
+from distill.files import atomic, content_key
 from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
 from distill.module import Distill
 from distill.network import Network
@@ -226,7 +225,7 @@ def _fit_once(
     decides["optimizer"]["lr"] = lr
     decides["trainer"].pop("max_epochs")
     decides["data"].pop("num_workers", None)
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    key = content_key(decides)
     folder = Path(cfg.store) / f"{'student' if name == 'student alone' else 'teacher'}-{key}"
     weights = folder / "weights.safetensors"
     folder.mkdir(parents=True, exist_ok=True)

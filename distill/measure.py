@@ -52,6 +52,11 @@ def agreement(a: Tensor, b: Tensor) -> float:
     return (a.argmax(1) == b.argmax(1)).double().mean().item()
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of N images whose label (N,) is the top-1 class of logits (N, K)."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
 def logit_delta(a: Tensor, b: Tensor) -> float:
     """max |a - b| over all images and classes, in logits."""
     return (a - b).abs().max().item()

@@ -85,7 +85,8 @@ def check(
                 f"{name}: logits differ by up to {delta:.3g} from {reference} (allowed: {bounds['logit']:g})"
             )
         if bounds["agreement"] is not None and not agreement >= bounds["agreement"]:
-            lost, allowed = _accuracy(other, labels) - _accuracy(logits, labels), bounds.get("accuracy_drop")
+            lost = measure.accuracy(other, labels) - measure.accuracy(logits, labels)
+            allowed = bounds.get("accuracy_drop")
             if allowed is None or not lost <= allowed:
                 failures.append(
                     f"{name}: top-1 agrees with {reference} on {agreement:.2%} of the images "
@@ -93,10 +94,6 @@ def check(
                     + ("" if allowed is None else f" and is {lost:.2%} less accurate (allowed: {allowed:.2%})")
                 )
     return failures
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).double().mean().item()
 
 
 def compare(rows: list[Row]) -> list[Row]:

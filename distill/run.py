@@ -130,9 +130,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         record = json.loads((folder / "run.json").read_text())
         if cfg.run is not None:
             words = [word for word in words if not word.startswith("run=")]
-            again = {
-                word.partition("=")[0] for word in words
-            }  # a group chosen anew forgets what was set in the old one
+            # a group chosen anew forgets what was set in the old one
+            again = {word.partition("=")[0] for word in words}
             words = [*(word for word in record["overrides"] if re.split("[.=]", word)[0] not in again), *words]
             cfg = compose("train", words)
         _refuse_change(folder, OmegaConf.load(folder / "config.yaml"), cfg)

@@ -17,8 +17,13 @@ from distill.types import Batch, Outputs
 
 def content_hash(module: nn.Module) -> str:
     """Hexadecimal SHA-256 of all parameters and buffers, names and dtypes included."""
+    return tensors_hash([*module.named_parameters(), *module.named_buffers()])
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Hexadecimal SHA-256 of tensors with their names and dtypes, in whatever order they come."""
     digest = hashlib.sha256()
-    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
+    for name, tensor in sorted(named):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.prune import prune
@@ -22,7 +22,7 @@ from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.export.serve import serve
-from distill.measure import latency, predict
+from distill.measure import accuracy, latency, predict
 from distill.progress import say
 from distill.sizes import parse_bytes
 
@@ -91,24 +91,23 @@ def auto(
     if latency_ms is not None and not isinstance(latency_ms, (int, float)):
         raise UsageError(f"budget.latency_ms={latency_ms}: expected milliseconds, such as 5")
     limit = None if bytes is None else parse_bytes(bytes, "budget.bytes")
-    bare = {ratio: _pruned(net, data, ratio, None, 0, lr) for ratio in ratios}
-    found = [
-        candidate
-        for ratio in ratios
-        if bare[ratio] is not None
-        for candidate in _measured(bare[ratio], ratio, quantizers, data, flow)
-    ]
+    found = []
+    for ratio in ratios:
+        bare = _pruned(net, data, ratio, None, 0, lr)
+        if bare is not None:
+            found += _measured(bare, ratio, quantizers, data, flow)
     wanted = _accuracy(net, data)
     small_enough = [
         candidate
         for candidate in sorted(found, key=lambda each: (each.bytes, each.quantizer == "qat_int8"))
         if (limit is None or candidate.bytes <= limit) and (latency_ms is None or candidate.latency_ms <= latency_ms)
     ]
-    chosen = None
+    chosen, narrow = None, {}  # pruned and trained, by ratio
     for candidate in small_enough:
         train = _named(finetune, candidate)
-        narrow = _pruned(net, data, candidate.ratio, train, epochs, lr)
-        result = _quantized(narrow, candidate.quantizer, train, data, flow)
+        if candidate.ratio not in narrow:
+            narrow[candidate.ratio] = _pruned(net, data, candidate.ratio, train, epochs, lr)
+        result = _quantized(narrow[candidate.ratio], candidate.quantizer, train, data, flow)
         drop = wanted - _accuracy(result, data)
         found[found.index(candidate)] = candidate = replace(candidate, drop=drop)
         say(f"  auto: {candidate}: {drop:+.2%} of validation accuracy lost")
@@ -203,8 +202,7 @@ def _named(finetune: Callable | None, candidate: Candidate) -> Callable | None:
 @torch.no_grad()
 def _accuracy(net: nn.Module, data: Data) -> float:
     logits, labels, _ = predict({"net": net}, data.val_loader())
-    answers: Tensor = logits["net"].argmax(1)
-    return (answers == labels).double().mean().item()
+    return accuracy(logits["net"], labels)
 
 
 def _miss(found: Sequence[Candidate], limit: int | None, latency_ms: float | None, drop: float, flow: str) -> str:

@@ -11,8 +11,6 @@ a tensor, depthwise networks fall to chance (Krishnamoorthi 2018, arXiv:1806.083
 """
 
 import copy
-import logging
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +21,7 @@ from torch.ao.nn.intrinsic.qat import freeze_bn_stats
 from torch.ao.quantization import quantize_fx
 
 from distill.errors import UsageError, UserError
-from distill.export.graph import place
+from distill.export.graph import place, quiet
 
 FLOWS = ("fx", "xnnpack", "onnx")
 OBSERVERS = ("histogram", "minmax", "moving_average")
@@ -247,15 +245,6 @@ def _used(graph: fx.GraphModule) -> fx.GraphModule:
             owner, _, attribute = name.rpartition(".")
             delattr(graph.get_submodule(owner), attribute)
     return graph
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch.ao.quantization is deprecated, and what TorchScript runs; the rest is advice to its developers."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

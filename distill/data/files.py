@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.files import file_stamp
 
 
 class ImageError(UserError):
@@ -73,8 +74,7 @@ class Files(Encoded):
         return os.fsencode("".join(lines))
 
     def stamp(self) -> bytes:
-        stats = ((name, os.stat(self.root / name)) for name in self.names)
-        return os.fsencode("".join(f"{self.root / name}\t{stat.st_size}\t{stat.st_mtime_ns}\n" for name, stat in stats))
+        return b"".join(file_stamp(self.root / name) for name in self.names)
 
 
 def read(file: Path | BinaryIO, draft: int | None = None, name: str | None = None) -> np.ndarray:

@@ -24,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import Encoded, read
 from distill.errors import UsageError, UserError
-from distill.files import atomic
+from distill.files import atomic, file_stamp
 from distill.progress import say
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -102,12 +102,7 @@ class Shards(Encoded):
         return os.fsencode("".join(f"{self.paths[shard].name}/{name}\t{size}\n" for shard, name, size in places))
 
     def stamp(self) -> bytes:
-        return self.listing() + b"".join(_stamp(path) for path in self.paths)
-
-
-def _stamp(path: Path) -> bytes:
-    stat = os.stat(path)
-    return os.fsencode(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
+        return self.listing() + b"".join(file_stamp(path) for path in self.paths)
 
 
 def _shards(pattern: str) -> list[Path]:
@@ -130,7 +125,7 @@ def _index(path: Path, store: str | None) -> dict[str, np.ndarray]:
     if store is None:
         return _scan(path)
     folder = Path(store).expanduser().absolute()
-    kept = folder / f"{hashlib.sha256(b'index 1 ' + _stamp(path)).hexdigest()[:16]}.npz"
+    kept = folder / f"{hashlib.sha256(b'index 1 ' + file_stamp(path)).hexdigest()[:16]}.npz"
     index = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """A file that ships, and how it is written."""
 
+import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +56,23 @@ def describe(example: Tensor, metadata: Mapping) -> dict:
         "normalization": "in the graph",
     }
     return {**metadata, "input": described | metadata.get("input", {})}
+
+
+def read_zipped(path: Path, ending: str, kinds: str) -> dict:
+    """The JSON in the member of a zip file whose name has this ending; nothing of the file is executed.
+
+    Args:
+        kinds: what was expected, for the error, such as ".pt or .ptl".
+
+    Raises:
+        UserError: `path` is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            return json.loads(file.read(next(name for name in file.namelist() if name.endswith(ending))))
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
+        name = ending.rpartition("/")[2]
+        raise UserError(f"{path} has no readable {name}: expected a {kinds} that distill exported") from error
 
 
 def write(path: Path, data: bytes) -> None:

@@ -1,5 +1,6 @@
 """What the exporters of captured graphs share: capturing, and errors that name the operator and its layer."""
 
+import logging
 import re
 import traceback
 import warnings
@@ -84,7 +85,8 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporters' advice to their developers is no user's."""
+    """Advice to developers of torch.export, torchao and torch.ao (deprecated, yet what TorchScript runs) is hidden."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -6,7 +6,6 @@ not fast in Python.
 
 import io
 import json
-import zipfile
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, write
+from distill.export.artifact import Artifact, Model, describe, read_zipped, write
 
 FLOW = "xnnpack"
 METADATA = "metadata.json"
@@ -66,7 +65,5 @@ def load(path: Path) -> Model:
 
 
 def read_metadata(path: Path) -> dict:
-    """What `export` wrote beside the graph; nothing of the file is executed."""
-    with zipfile.ZipFile(path) as file:
-        name = next(name for name in file.namelist() if name.endswith(METADATA))
-        return json.loads(file.read(name))
+    """What `export` wrote beside the graph; nothing of the file is executed. Raises UserError for another file."""
+    return read_zipped(path, METADATA, ".pt2")

@@ -4,7 +4,6 @@ import io
 import json
 import linecache
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
 from distill.errors import UserError
-from distill.export.artifact import Artifact, Model, describe, write
+from distill.export.artifact import Artifact, Model, describe, read_zipped, write
 
 FLOW = "fx"
 METADATA = "metadata.json"
@@ -75,12 +74,7 @@ def read_metadata(path: Path) -> dict:
     Raises:
         UserError: `path` is not such a file.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            name = next(name for name in file.namelist() if name.endswith(f"/extra/{METADATA}"))
-            return json.loads(file.read(name))
-    except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
-        raise UserError(f"{path} has no readable {METADATA}: expected a .pt or .ptl that distill exported") from error
+    return read_zipped(path, f"/extra/{METADATA}", ".pt or .ptl")
 
 
 def load_script(path: Path) -> Model:
