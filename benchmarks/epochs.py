@@ -66,8 +66,7 @@ def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[],
         teacher.to(device)
     optimizer = torch.optim.SGD(network.parameters(), cfg.optimizer.lr, 0.9, weight_decay=5e-4, nesterov=True)
     temperature = cfg.loss.kd.temperature
-    networks = [network] if teacher is None else [network, teacher.network]
-    bf16 = precision(cfg.trainer.precision, cfg.trainer.accelerator, networks) == "bf16-mixed"
+    bf16 = precision(cfg.trainer.precision, cfg.trainer.accelerator, network) == "bf16-mixed"
     half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def epoch() -> float:
@@ -103,7 +102,7 @@ def setting(words: list[str], rows: int | None) -> tuple[DictConfig, Data, Froze
     data = build.data(cfg.data)
     if rows is not None:
         data = replace(data, train=first(data.train, rows), val=first(data.val, max(rows // 10, data.batch_size)))
-    return cfg, data, Frozen(build.network(cfg.teacher, data.num_classes, data.image_size, 1))
+    return cfg, data, fit.frozen(cfg, build.network(cfg.teacher, data.num_classes, data.image_size, 1), data)
 
 
 def first(split, rows: int):

@@ -32,7 +32,7 @@ from distill.errors import UsageError
 from distill.files import atomic, content_key
 from distill.progress import leads, say
 from distill.sizes import human, parse_bytes
-from distill.teachers import Teacher
+from distill.teachers import Frozen, Teacher
 from distill.types import Batch, Outputs
 
 HEADER = 4096
@@ -278,19 +278,22 @@ class Ask(pl.LightningModule):
             self.teacher(batch)
 
 
-def identity(teacher: Teacher, data: Data, seed: int, **numerics) -> dict:
-    """All that decides the bits of the teacher's answers to a (row, view), as plain values."""
+def identity(teacher: Frozen, data: Data, seed: int, device: str, **stored) -> dict:
+    """All that decides the bits of the answers to a (row, view), and how they are `stored`, as plain values."""
     network = teacher.network
     return {
         "format": FORMAT,
         "weights": teacher.fingerprint,
         "network": hashlib.sha256(repr(network).encode()).hexdigest(),
+        "precision": teacher.precision,
+        "looked_into": network.recording,  # else a faster copy answers, whose last bits differ
         "images": data.fingerprint,
         "transform": repr(data.train.transform),
         "image_size": data.image_size,
         "seed": seed,
         "batch_size": data.batch_size,
-        **numerics,
+        "device": device,
+        **stored,
     }
 
 

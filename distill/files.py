@@ -31,7 +31,7 @@ def content_key(described: dict) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_stamp(path: Path) -> bytes:
-    """A line that changes when the file does: its path, bytes and time of change."""
+def file_stamp(path: Path, name: str) -> bytes:
+    """A line that changes when the file does: what it is called, its bytes and time of change."""
     stat = os.stat(path)
-    return os.fsencode(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
+    return os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n")

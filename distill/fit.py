@@ -16,19 +16,22 @@ from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from torch import nn
 
 from distill import build
 from distill.cache import Ask, Cached, identity, open_cache
 from distill.checkpoints import load_weights, read_state, save_weights
+from distill.compress.calibrate import answers, calibration
+from distill.compress.static_int8 import static_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.files import atomic, content_key
 from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
 from distill.module import Distill
 from distill.network import Network
-from distill.precision import precision
+from distill.precision import precision, teaching
 from distill.progress import Lines, leads, say
-from distill.teachers import Ema, Ensemble, Frozen, Peer, Teacher, content_hash
+from distill.teachers import Committee, Ema, Frozen, Peer, Teacher, content_hash
 from distill.types import Outputs
 
 
@@ -59,7 +62,7 @@ def fit(
         callbacks.append(TQDMProgressBar(leave=False))
     if cfg.early_stopping is not None:
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=cfg.early_stopping, check_finite=False))
-    trainer = _trainer(cfg, network, teacher, epochs, callbacks, [CSVLogger(folder, "metrics"), *loggers])
+    trainer = _trainer(cfg, network, epochs, callbacks, [CSVLogger(folder, "metrics"), *loggers])
     views = {}
     if any(loss.needs_teacher for loss in terms.values()):
         teacher, views = _cached(cfg, teacher, data, seen, epochs, trainer)
@@ -95,15 +98,12 @@ def fit(
     return chosen
 
 
-def _trainer(
-    cfg: DictConfig, student: Network, teacher: Teacher | None, epochs: int, callbacks: list, loggers: list
-) -> Trainer:
+def _trainer(cfg: DictConfig, student: Network, epochs: int, callbacks: list, loggers: list) -> Trainer:
     _quiet()
-    networks = [student] if teacher is None else [student, teacher.network]
     return instantiate(
         cfg.trainer,
         _convert_="all",
-        precision=precision(cfg.trainer.precision, cfg.trainer.accelerator, networks),
+        precision=precision(cfg.trainer.precision, cfg.trainer.accelerator, student),
         max_epochs=epochs,
         callbacks=callbacks,
         logger=loggers,
@@ -129,9 +129,9 @@ def _cached(
         raise UsageError(f"cache.views={views}: expected at least 1, or null for a new view in every epoch")
     if options["keep"] == "off":
         return teacher, {"views": views, "view_seed": options["seed"]}
-    how = {"precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
+    device = trainer.strategy.root_device.type
     stored = min(views or epochs, epochs)
-    opened = open_cache(teacher, data, seen, stored, options, partial(identity, seed=options["seed"], **how))
+    opened = open_cache(teacher, data, seen, stored, options, partial(identity, seed=options["seed"], device=device))
     return (teacher, {}) if opened is None else (opened, {"views": stored, "view_seed": options["seed"]})
 
 
@@ -141,7 +141,7 @@ def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:
     terms, _ = build.losses(cfg.loss)
     seen = build.connect(student, teacher, terms, data, cfg.seed + 1)
     epochs = cfg.trainer.max_epochs
-    trainer = _trainer(cfg, student, teacher, epochs, [], [])
+    trainer = _trainer(cfg, student, epochs, [], [])
     teacher, views = _cached(cfg, teacher, data, seen, epochs, trainer)
     if not isinstance(teacher, Cached):
         raise UserError("stages=[cache]: this run keeps no answers of its teacher, so there is nothing to fill")
@@ -153,15 +153,31 @@ def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:
 def teacher(cfg: DictConfig, data: Data) -> Teacher:
     """The teacher that conf/teacher or a network's name describes, with weights where it does not learn along."""
     kind = get_object(cfg.teacher._target_)
-    if kind is Ensemble:
+    if kind is Committee:
+        if any(member.precision != "auto" for member in cfg.teacher.members.values()):
+            raise UsageError("a member of teacher=ensemble has a precision of its own: set teacher.precision, for all")
         members = [_trained(cfg, f"teacher {name}", member, data) for name, member in cfg.teacher.members.items()]
-        return Ensemble(members, cfg.teacher.weights)
+        return frozen(cfg, Committee(members, cfg.teacher.weights), data)
     if kind is Peer:
         peer = build.network(cfg.teacher.network, data.num_classes, data.image_size, cfg.seed + 2)
         return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight)
     if kind is Ema:
         return Ema(build.network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
-    return Frozen(_trained(cfg, "teacher", cfg.teacher, data))
+    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data), data)
+
+
+def frozen(cfg: DictConfig, network: nn.Module, data: Data) -> Frozen:
+    """`network` as a teacher that computes as teacher.precision says, see conf/role/teacher.yaml."""
+    numerics = teaching(cfg.teacher.precision, cfg.trainer, network)
+    return Frozen(network, numerics, partial(_in_int8, data)) if numerics == "int8" else Frozen(network, numerics)
+
+
+def _in_int8(data: Data, net: nn.Module) -> nn.Module:
+    small = static_int8(net, data=data)
+    images = calibration(data, 512, "teacher.precision=int8: images")
+    same = (answers(small, images).argmax(1) == answers(net, images).argmax(1)).double().mean().item()
+    say(f"  teacher.precision=int8: the same class as in float32 for {same:.1%} of {sum(map(len, images))} images")
+    return small
 
 
 def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data) -> Network:
@@ -214,7 +230,7 @@ def _fit_once(
     """
     described = build.plain(described)
     decides = {
-        "network": {key: value for key, value in described.items() if key not in ("checkpoint", "fit")},
+        "network": {key: value for key, value in described.items() if key not in ("checkpoint", "fit", "precision")},
         "weights": content_hash(network),
         "images": data.fingerprint,
         "loss": losses,

@@ -101,6 +101,11 @@ class Network(nn.Module):
                 raise self._unknown(name)
             self._tensors[name] = f"{path}.{part}"
 
+    @property
+    def recording(self) -> bool:
+        """Whether it is looked into: features are recorded while it answers."""
+        return bool(self._hooks)
+
     def _path(self, base: str) -> str:
         if base == "head":
             return head_path(self.net)

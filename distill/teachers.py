@@ -1,14 +1,16 @@
-"""Who teaches. A teacher answers to a batch: `Frozen` is one trained network, `Ensemble` several, `Peer` a second
-student that learns along, `Ema` the student's own past."""
+"""Who teaches. A teacher answers to a batch: `Frozen` is a trained network, or a `Committee` of several, `Peer` a
+second student that learns along, `Ema` the student's own past."""
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.compress.dynamic_int8 import fold_batch_norm
 from distill.errors import UserError
 from distill.losses.kd import kd
 from distill.network import Network
@@ -48,26 +50,60 @@ class Frozen(Teacher):
     """A trained network that only answers: eval mode, no gradients, nothing of it in the checkpoint but its hash.
 
     The network is kept out of the module tree, so no optimizer, gradient hook, `train()` or checkpoint reaches
-    it; it moves between devices and dtypes with its owner.
+    it; it moves between devices and dtypes with its owner. Where it isn't looked into, a faster copy answers for it.
+
+    Args:
+        network: trained.
+        precision: what it computes in, whatever the student does; see distill.precision.teaching.
+        quicken: the faster copy of a plain net, images to logits: its batch norms folded, or in int8.
     """
 
-    def __init__(self, network: Network):
+    def __init__(
+        self,
+        network: "Network | Committee",
+        precision: str = "32-true",
+        quicken: Callable[[nn.Module], nn.Module] = fold_batch_norm,
+    ):
         super().__init__()
-        self._outside_the_tree = (network.eval().requires_grad_(False),)
+        self._outside_the_tree = [network.eval().requires_grad_(False)]  # and the copy, when it is first asked
+        self.precision, self.quicken = precision, quicken
         self.fingerprint = content_hash(network)
 
     @property
-    def network(self) -> Network:
+    def network(self) -> "Network | Committee":
         return self._outside_the_tree[0]
 
     def _apply(self, fn, recurse=True):
-        self.network._apply(fn, recurse)
+        for net in self._outside_the_tree:
+            net._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     # no_grad, not inference_mode: an inference tensor saved for the backward of a loss fails
     @torch.no_grad()
     def forward(self, batch: Batch) -> Outputs:
-        return self.network(batch.images)
+        if self.network.recording and self.precision == "int8":
+            raise UserError(
+                "teacher.precision=int8 answers with logits only, and a loss reads the teacher's features: choose "
+                "another precision"
+            )
+        if not self.network.recording and len(self._outside_the_tree) == 1:
+            with _autocast(batch.images, None):
+                self._outside_the_tree.append(self._quick(batch.images))
+        with _autocast(batch.images, self.precision):
+            if self.network.recording:
+                return self.network(batch.images)
+            return Outputs(self._outside_the_tree[1](batch.images), self.network.tensors())
+
+    def _quick(self, images: Tensor) -> nn.Module:
+        """The copy that answers without features; an unchanged one where the faster does not answer alike."""
+        wanted = self.network(images).logits
+        place = next(chain(self.network.parameters(), self.network.buffers()))
+        plain = self.network.plain()
+        quick = self.quicken(plain)
+        quick, plain = (net.to(place).to(memory_format=torch.channels_last) for net in (quick, plain))
+        came = quick(images)
+        near = torch.allclose(came, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+        return quick if near or self.precision == "int8" else plain
 
     def get_extra_state(self) -> str:
         return self.fingerprint
@@ -78,6 +114,14 @@ class Frozen(Teacher):
                 f"this run was taught by another teacher (its content hash is {fingerprint[:12]}, the present "
                 f"one's {self.fingerprint[:12]}): give the same teacher again or start a new run"
             )
+
+
+def _autocast(images: Tensor, precision: str | None):
+    """The mixed precision of that name, or none, whatever is on around it."""
+    mixed = precision is not None and precision.endswith("-mixed")
+    kind = images.device.type
+    half = torch.float16 if precision == "16-mixed" and kind != "cpu" else torch.bfloat16  # as Lightning does
+    return torch.autocast(kind, half, enabled=mixed)
 
 
 class Committee(nn.Module):
@@ -109,17 +153,21 @@ class Committee(nn.Module):
         self.members[0].keep(names)
         return self
 
+    @property
+    def recording(self) -> bool:
+        return self.members[0].recording
+
     def tensors(self) -> dict[str, Tensor]:
         return self.members[0].tensors()
 
     def forward(self, images: Tensor) -> Outputs:
         answers = [member(images) for member in self.members]
+        shapes = [tuple(answer.logits.shape) for answer in answers]
+        if len(set(shapes)) > 1:
+            raise UserError(f"the members of teacher=ensemble answer with different shapes: {shapes}")
         return Outputs(self.mean([answer.logits for answer in answers]), answers[0].features)
 
     def mean(self, logits: Sequence[Tensor]) -> Tensor:
-        shapes = [tuple(each.shape) for each in logits]
-        if len(set(shapes)) > 1:
-            raise UserError(f"the members of teacher=ensemble answer with different shapes: {shapes}")
         return torch.einsum("m,mnk->nk", self.weights.to(logits[0].dtype), torch.stack(list(logits)))
 
     def plain(self) -> "PlainCommittee":
@@ -132,17 +180,6 @@ class PlainCommittee(Committee):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.mean([member(images) for member in self.members])
-
-
-class Ensemble(Frozen):
-    """Several trained networks, of any kinds and input statistics, as one frozen `Committee`.
-
-    Args:
-        networks, weights: see `Committee`. Losses tap the first network.
-    """
-
-    def __init__(self, networks: Iterable[Network], weights: Sequence[float] | None = None):
-        super().__init__(Committee(networks, weights))
 
 
 class Peer(Teacher):

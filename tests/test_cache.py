@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,30 +16,38 @@ from distill.data.fake import fake
 from distill.errors import UsageError
 from distill.network import Network
 from distill.sizes import human, parse_bytes
-from distill.teachers import Ema, Ensemble, Frozen
+from distill.teachers import Committee, Ema, Frozen
 from distill.types import Batch
 
 OPTIONS = {"keep": "auto", "dtype": "float32", "top_k": None, "budget": "1GB"}
 
 
-class Counting(nn.Module):
-    """A small network that counts how many images it is asked about."""
+class Small(nn.Module):
+    """A small network."""
 
     def __init__(self, classes=10, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.linear = nn.Linear(4, classes)
-        self.asked = 0
 
     def forward(self, images):
-        self.asked += len(images)
         return self.linear(self.conv(images).relu().mean((2, 3)))
 
 
-def teacher(classes=10, seed=0, taps=()) -> Frozen:
-    network = Network(Counting(classes, seed), {"stage1": "conv"}, [0.5] * 3, [0.5] * 3)
-    return Frozen(network.to(memory_format=torch.channels_last).keep(taps))
+class Counted(Frozen):
+    """Counts the images that it is asked about."""
+
+    asked = 0
+
+    def forward(self, batch):
+        self.asked += len(batch.images)
+        return super().forward(batch)
+
+
+def teacher(classes=10, seed=0, taps=()) -> Counted:
+    network = Network(Small(classes, seed), {"stage1": "conv"}, [0.5] * 3, [0.5] * 3)
+    return Counted(network.to(memory_format=torch.channels_last).keep(taps))
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +57,14 @@ def data():
 
 def opened(taught_by, data, folder, views=2, **options) -> Cached:
     example = taught_by(data.train[[0, 1], [0, 0]])
-    taught_by.network.net.asked = 0
+    taught_by.asked = 0
     return open_cache(
         taught_by,
         data,
         example,
         views,
         {**OPTIONS, "folder": folder, **options},
-        lambda t, d, **kind: identity(t, d, 0, **kind),
+        lambda t, d, **kind: identity(t, d, 0, "cpu", **kind),
     )
 
 
@@ -88,10 +97,10 @@ def test_the_teacher_is_asked_once_for_each_row_and_view(tmp_path, data):
     taught_by = teacher()
     cached = opened(taught_by, data, tmp_path)
     first = [cached(data.train[range(16), [view] * 16]) for view in (0, 1)]
-    assert taught_by.network.net.asked == 32
+    assert taught_by.asked == 32
     again = [cached(data.train[range(16), [view] * 16]) for view in (0, 1)]
     other_order = cached(data.train[range(15, -1, -1), [1] * 16])
-    assert taught_by.network.net.asked == 32
+    assert taught_by.asked == 32
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(other_order.logits, first[1].logits.flip(0))
     assert not torch.equal(first[0].logits, first[1].logits)  # the views differ
@@ -103,19 +112,22 @@ def test_features_are_kept_in_their_layout_and_parameters_come_from_the_network(
     cached = opened(taught_by, data, tmp_path, keep="features")
     batch = data.train[range(16), [0] * 16]
     first, second = cached(batch), cached(batch)
-    assert taught_by.network.net.asked == 16 and same(first, second)
+    assert taught_by.asked == 16 and same(first, second)
     assert first.features["stage1"].stride() == second.features["stage1"].stride()
     assert second.features["linear:weight"] is taught_by.network.net.linear.weight
     assert sorted(file.name for file in cached.folder.glob("*.rows")) == ["logits-0000.rows", "stage1-0000.rows"]
 
 
-def test_a_run_that_reads_more_shares_what_is_there(tmp_path, data):
+def test_a_run_that_reads_more_features_shares_what_is_there(tmp_path, data):
     batch = data.train[range(16), [0] * 16]
-    opened(teacher(), data, tmp_path)(batch)
-    cached = opened(teacher(taps=["stage1"]), data, tmp_path, keep="features")
-    before = (cached.folder / "logits-0000.rows").read_bytes()
-    assert same(cached(batch), teacher(taps=["stage1"])(batch))
-    assert (cached.folder / "logits-0000.rows").read_bytes() == before
+    first = opened(teacher(taps=["stage1"]), data, tmp_path, keep="features")
+    first(batch)
+    more = teacher(taps=["stage1", "linear"])
+    cached = opened(more, data, tmp_path, keep="features")
+    before = {file.name: file.read_bytes() for file in first.folder.glob("*.rows")}
+    assert same(cached(batch), teacher(taps=["stage1", "linear"])(batch)) and more.asked == 16
+    assert cached.folder == first.folder and len(before) == 2
+    assert all((cached.folder / name).read_bytes() == content for name, content in before.items())
 
 
 def test_images_outside_of_the_training_set_are_always_asked(tmp_path, data):
@@ -123,7 +135,7 @@ def test_images_outside_of_the_training_set_are_always_asked(tmp_path, data):
     cached = opened(taught_by, data, tmp_path)
     for _ in range(2):
         cached(data.val[range(8), [0] * 8])
-    assert taught_by.network.net.asked == 16 and not list(cached.folder.glob("*.rows"))
+    assert taught_by.asked == 16 and not list(cached.folder.glob("*.rows"))
 
 
 def folder_of(tmp_path, data, taught_by, seed=0, **options):
@@ -134,7 +146,7 @@ def folder_of(tmp_path, data, taught_by, seed=0, **options):
         example,
         1,
         {**OPTIONS, "folder": tmp_path, **options},
-        lambda t, d, **kind: identity(t, d, seed, **kind),
+        lambda t, d, **kind: identity(t, d, seed, "cpu", **kind),
     ).folder
 
 
@@ -144,21 +156,23 @@ def test_what_another_teacher_or_other_views_gave_is_never_read(tmp_path, data):
     pixel = data.train.images.clone()
     pixel[5, 0, 0, 0] ^= 1
     transform = replace(data.train.transform, padding=3) if hasattr(data.train.transform, "padding") else None
-    relabelled = Network(Counting(), {}, [0.5] * 3, [0.25] * 3)  # another normalisation
-    smooth = Counting()
+    relabelled = Network(Small(), {}, [0.5] * 3, [0.25] * 3)  # another normalisation
+    smooth = Small()
     smooth.add_module("activation", nn.GELU())  # no weights of its own
     folders = [
         folder_of(tmp_path, data, teacher()),
         folder_of(tmp_path, data, Frozen(Network(smooth, {}, [0.5] * 3, [0.5] * 3))),
         folder_of(tmp_path, data, Frozen(flipped.network)),
         folder_of(tmp_path, data, Frozen(relabelled)),
-        folder_of(tmp_path, data, Ensemble([teacher().network])),
+        folder_of(tmp_path, data, Frozen(Committee([teacher().network]))),
         folder_of(tmp_path, replace(data, train=replace(data.train, images=pixel)), teacher()),
         folder_of(tmp_path, replace(data, train=replace(data.train, transform=transform)), teacher()),
         folder_of(tmp_path, replace(data, batch_size=8), teacher()),
         folder_of(tmp_path, data, teacher(), seed=1),
         folder_of(tmp_path, data, teacher(), dtype="float16"),
         folder_of(tmp_path, data, teacher(), top_k=3),
+        folder_of(tmp_path, data, teacher(taps=["stage1"]), keep="features"),  # the network, not its faster copy
+        folder_of(tmp_path, data, Frozen(teacher().network, "bf16-mixed")),
     ]
     assert len(set(folders)) == len(folders)
     assert folder_of(tmp_path, data, teacher()) == folders[0]
@@ -204,8 +218,8 @@ def test_a_damaged_file_is_noticed_said_and_mended(tmp_path, data, capsys, harm)
     batch = data.train[range(16), [0] * 16]
     assert same(cached(batch), taught_by(batch))
     assert "asked again" in capsys.readouterr().out
-    taught_by.network.net.asked = 0
-    assert same(cached(batch), teacher()(batch)) and taught_by.network.net.asked == 0  # mended
+    taught_by.asked = 0
+    assert same(cached(batch), teacher()(batch)) and taught_by.asked == 0  # mended
 
 
 def test_a_row_that_a_kill_cut_off_is_missing(tmp_path, data, monkeypatch):
@@ -222,7 +236,7 @@ def test_a_row_that_a_kill_cut_off_is_missing(tmp_path, data, monkeypatch):
         cached(batch)
     taught_by = teacher()
     assert same(opened(taught_by, data, tmp_path)(batch), teacher()(batch))
-    assert taught_by.network.net.asked == 16
+    assert taught_by.asked == 16
 
 
 def test_on_a_full_disk_the_teacher_answers_and_what_is_there_is_still_read(tmp_path, data, capsys, monkeypatch):
@@ -238,8 +252,8 @@ def test_on_a_full_disk_the_teacher_answers_and_what_is_there_is_still_read(tmp_
     for _ in range(2):
         assert same(cached(new), teacher()(new))
     assert capsys.readouterr().out.count("No space left on device") == 1
-    taught_by.network.net.asked = 0
-    assert same(cached(stored), teacher()(stored)) and taught_by.network.net.asked == 0
+    taught_by.asked = 0
+    assert same(cached(stored), teacher()(stored)) and taught_by.asked == 0
 
 
 def fill(folder, start):
@@ -264,7 +278,7 @@ def test_two_processes_fill_the_same_files(tmp_path, data):
         for rows in (range(16), range(16, 32), range(24, 40)):
             batch = data.train[rows, [view] * 16]
             assert same(cached(batch), teacher()(batch))
-    assert taught_by.network.net.asked == 0
+    assert taught_by.asked == 0
 
 
 def test_top_k_keeps_the_largest_and_the_mass_of_the_rest():
@@ -338,9 +352,9 @@ def student_of(folder) -> dict:
     return load_file(folder / "student_last.safetensors")
 
 
-@pytest.mark.parametrize("losses", ["[ce,kd]", "[ce,kd,fitnet]"])
-def test_a_cached_run_ends_with_the_bits_of_the_online_run(train, quick, tmp_path, losses, capsys, monkeypatch):
-    words = [*quick, f"loss={losses}", "loss.kd.weight=3", "trainer.max_epochs=4", "cache.views=2", "baseline=false"]
+@pytest.mark.parametrize("choice", ["loss=[ce,kd]", "loss=[ce,kd,fitnet]", "teacher.precision=int8"])
+def test_a_cached_run_ends_with_the_bits_of_the_online_run(train, quick, tmp_path, choice, capsys, monkeypatch):
+    words = [*quick, choice, "loss.kd.weight=3", "trainer.max_epochs=4", "cache.views=2", "baseline=false"]
     words += ["stages=[teacher,distill]"]
     assert train(*words, "cache=off", "name=online", cwd=tmp_path) == 0
     asked = []
@@ -357,6 +371,17 @@ def test_a_cached_run_ends_with_the_bits_of_the_online_run(train, quick, tmp_pat
     assert train(*words, "cache=off", "cache.views=null", "name=fresh", cwd=tmp_path) == 0
     fresh = student_of(tmp_path / "outputs/fresh")
     assert any(not torch.equal(fresh[key], value) for key, value in online.items())  # the views do matter
+
+
+def test_a_teacher_in_int8_says_how_near_it_is_and_has_no_features(train, quick, tmp_path, capsys):
+    words = [*quick, "teacher.precision=int8", "baseline=false", "stages=[teacher,distill]"]
+    assert train(*words, cwd=tmp_path) == 0
+    assert re.search(
+        r"teacher.precision=int8: the same class as in float32 for (100|[89]\d)\.\d% of 1\d\d images",
+        capsys.readouterr().out,
+    )
+    assert train(*words, "loss=[ce,kd,fitnet]", cwd=tmp_path) == 1
+    assert "teacher.precision=int8 answers with logits only" in capsys.readouterr().err
 
 
 def test_filled_ahead_nothing_is_asked_while_training(train, quick, tmp_path, capsys, monkeypatch):

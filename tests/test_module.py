@@ -11,7 +11,7 @@ from torch.ao.quantization import FakeQuantize
 
 from distill import build, config
 from distill.data.fake import fake
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 from distill.losses.at import AT
 from distill.losses.ce import CE
 from distill.losses.fitnet import FitNet
@@ -19,7 +19,7 @@ from distill.losses.kd import KD
 from distill.models.resnet_cifar import resnet
 from distill.module import Distill
 from distill.network import Network
-from distill.precision import precision
+from distill.precision import precision, teaching
 from distill.teachers import Frozen, content_hash
 
 TAPS = {"stage1": "layer1", "stage2": "layer2", "stage3": "layer3", "pooled": "linear:in"}
@@ -269,7 +269,7 @@ def test_a_compiled_student_learns_the_same_under_the_same_names(data, monkeypat
 
 def precision_on(monkeypatch, bf16: bool, net: nn.Module, asked="auto", accelerator="cpu") -> str:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
-    return precision(asked, accelerator, [net])
+    return precision(asked, accelerator, net)
 
 
 def test_precision_is_bfloat16_where_the_machine_and_the_network_gain(monkeypatch):
@@ -285,3 +285,21 @@ def test_precision_is_bfloat16_where_the_machine_and_the_network_gain(monkeypatc
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         found = precision_on(monkeypatch, False, depthwise, accelerator="gpu")
         assert found == ("bf16-mixed" if native else "32-true")
+    assert precision(32, "cpu", usual) == "32-true" and precision("bf16", "cpu", usual) == "bf16-mixed"
+
+
+def test_a_teacher_computes_in_what_suits_it_or_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    usual, depthwise = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+    auto = {"precision": "auto", "accelerator": "cpu"}
+    assert teaching("auto", auto, usual) == "bf16-mixed" and teaching("auto", auto, depthwise) == "32-true"
+    assert teaching("auto", auto | {"precision": "16-mixed"}, usual) == "16-mixed"
+    assert teaching("auto", auto | {"precision": "64-true"}, usual) == "64-true"
+    assert teaching("int8", auto, usual) == "int8" and teaching(32, auto, usual) == "32-true"
+    for asked, trainer, message in [
+        ("int4", auto, "teacher.precision=int4: choose one of auto, "),
+        ("bf16-mixed", auto | {"precision": "bf16-true"}, "trainer.precision=bf16-true converts the teacher too"),
+        ("int8", auto | {"accelerator": "gpu"}, "teacher.precision=int8 computes on a CPU"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            teaching(asked, trainer, usual)

@@ -20,7 +20,7 @@ from distill.losses.ce import CE
 from distill.losses.kd import KD, kd
 from distill.module import Distill
 from distill.network import Network
-from distill.teachers import Committee, Ema, Ensemble, Frozen, Peer
+from distill.teachers import Committee, Ema, Frozen, Peer
 from distill.types import Outputs
 
 
@@ -60,13 +60,61 @@ def some(data, rows: int = 8):
     return data.train[torch.arange(rows), torch.zeros(rows, dtype=torch.int64)]
 
 
+# Frozen
+
+
+def test_where_no_loss_looks_inside_a_copy_without_batch_norms_answers(data):
+    net = otherwise(1)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # statistics of a trained network
+            layer.running_mean.uniform_(-1, 1)
+            layer.running_var.uniform_(0.5, 2)
+    teacher, batch, called = Frozen(net), some(data), []
+    net.register_forward_hook(lambda *_: called.append(1))
+    answers = [teacher(batch).logits for _ in range(3)]
+    assert len(called) == 1  # to compare with
+    with torch.no_grad():
+        wanted = net(batch.images).logits
+    torch.testing.assert_close(answers[2], wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(answers[2], wanted) and torch.equal(answers[0], answers[2])
+    copy = teacher._outside_the_tree[1]
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in copy.modules())
+    net.keep(["head:weight"])  # not of an image
+    assert torch.equal(teacher(batch).logits, answers[0]) and "head:weight" in teacher(batch).features
+    net.keep(["stage1"])
+    assert torch.equal(teacher(batch).logits, wanted) and "stage1" in teacher(batch).features
+    teacher.double()
+    assert next(copy.parameters()).dtype == torch.float64
+
+
+def test_a_copy_that_answers_otherwise_is_not_used(data):
+    net, batch = network(1), some(data)
+    wrong = network(2).plain()
+    answer = Frozen(net, quicken=lambda plain: wrong)(batch).logits
+    with torch.no_grad():
+        torch.testing.assert_close(answer, net(batch.images).logits)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_teacher_computes_in_its_own_precision_whatever_its_student_does(data, around):
+    net, batch = network(1), some(data)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        full, half = (Frozen(net, precision)(batch).logits for precision in ("32-true", "bf16-mixed"))
+        net.keep(["stage1"])
+        looked_into = Frozen(net)(batch)
+    assert full.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert looked_into.logits.dtype == looked_into.features["stage1"].dtype == torch.float32
+    torch.testing.assert_close(full, looked_into.logits, rtol=1e-3, atol=1e-5)
+    assert 1e-4 < (half - full).abs().max() / full.abs().max() < 0.1
+
+
 # Ensemble
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
 def test_an_ensemble_answers_with_the_weighted_mean_of_logits_and_the_features_of_the_first(data, weights):
     first, second = network(1, (8, 16, 32)), otherwise(2)
-    teacher = Ensemble([first, second], weights)
+    teacher = Frozen(Committee([first, second], weights))
     teacher.network.keep(["stage2"])
     batch = some(data)
     answer = teacher(batch)
@@ -76,7 +124,7 @@ def test_an_ensemble_answers_with_the_weighted_mean_of_logits_and_the_features_o
     torch.testing.assert_close(answer.logits, share * one.logits + (1 - share) * two.logits)
     torch.testing.assert_close(answer.features["stage2"], one.features["stage2"])
     torch.testing.assert_close(teacher.network.plain()(batch.images), answer.logits)
-    alone = Ensemble([network(1, (8, 16, 32))])
+    alone = Frozen(Committee([network(1, (8, 16, 32))]))
     torch.testing.assert_close(alone(batch).logits, one.logits)
 
 
@@ -90,15 +138,17 @@ def test_its_softened_probabilities_are_the_geometric_mean_of_its_members_at_eve
 
 
 def test_an_ensemble_is_frozen_and_known_by_its_members_and_weights(data):
-    module = module_of(data, Ensemble([network(1), otherwise(2)]), {"ce": CE(), "kd": KD(), "at": AT(["stage1"])})
+    module = module_of(
+        data, Frozen(Committee([network(1), otherwise(2)])), {"ce": CE(), "kd": KD(), "at": AT(["stage1"])}
+    )
     before = module.teacher.fingerprint
     fit(module, data, 1)
     assert [key for key in module.state_dict() if key.startswith("teacher")] == ["teacher._extra_state"]
     assert not any(part.training for part in module.teacher.network.modules())
     assert not any(parameter.requires_grad for parameter in module.teacher.network.parameters())
-    assert Ensemble([network(1), otherwise(2)]).fingerprint == before
-    assert Ensemble([network(1), otherwise(2)], [1, 2]).fingerprint != before
-    assert Ensemble([network(1), otherwise(3)]).fingerprint != before
+    assert Frozen(Committee([network(1), otherwise(2)])).fingerprint == before
+    assert Frozen(Committee([network(1), otherwise(2)], [1, 2])).fingerprint != before
+    assert Frozen(Committee([network(1), otherwise(3)])).fingerprint != before
     module.double()
     assert next(module.teacher.network.members[1].parameters()).dtype == torch.float64
 
@@ -106,9 +156,9 @@ def test_an_ensemble_is_frozen_and_known_by_its_members_and_weights(data):
 def test_an_ensemble_refuses_wrong_weights_and_classes(data):
     for weights in ([1.0], [1.0, 0.0], [1.0, -1.0]):
         with pytest.raises(UserError, match=r"teacher.weights=.*one positive number for each of the 2 members"):
-            Ensemble([network(1), network(2)], weights)
+            Frozen(Committee([network(1), network(2)], weights))
     with pytest.raises(UserError, match=r"members of teacher=ensemble answer.*\(8, 5\), \(8, 7\)"):
-        Ensemble([network(1), otherwise(2, classes=7)])(some(data))
+        Frozen(Committee([network(1), otherwise(2, classes=7)]))(some(data))
 
 
 # Peer

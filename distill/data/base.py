@@ -98,7 +98,7 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of classes, labels, splits and pixels (of files: names and sizes), as 64 hex digits."""
+        """SHA-256 of classes, labels, splits and pixels (of files: see `Encoded.listing`), as 64 hex digits."""
         digest = hashlib.sha256(json.dumps([self.classes, self.image_size]).encode())
         for split in (self.train, self.val, self.test):
             digest.update(f"{len(split)} labels and images".encode())

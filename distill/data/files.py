@@ -1,6 +1,5 @@
 """Encoded images, decoded when asked for: in files here, in tar shards in webdataset.py."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -49,11 +48,8 @@ class Encoded:
         raise NotImplementedError
 
     def listing(self) -> bytes:
-        """Every image's name and size in bytes: changes when an image does, without reading them all."""
-        raise NotImplementedError
-
-    def stamp(self) -> bytes:
-        """`listing` and when the files were changed."""
+        """Every image's name and bytes, and when its file was changed: other images have another listing, without
+        reading them all. The folder is not in it: what is moved with its times stays the same."""
         raise NotImplementedError
 
 
@@ -70,11 +66,7 @@ class Files(Encoded):
         return Files(self.root, self.names[rows.numpy()], self.image_size)
 
     def listing(self) -> bytes:
-        lines = (f"{name}\t{os.path.getsize(self.root / name)}\n" for name in self.names)
-        return os.fsencode("".join(lines))
-
-    def stamp(self) -> bytes:
-        return b"".join(file_stamp(self.root / name) for name in self.names)
+        return b"".join(file_stamp(self.root / name, name) for name in self.names)
 
 
 def read(file: Path | BinaryIO, draft: int | None = None, name: str | None = None) -> np.ndarray:

@@ -137,7 +137,7 @@ def _square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _path(store: str, images: Encoded, what: str) -> Path:
-    key = hashlib.sha256(f"{_FORMAT} {what}\n".encode() + images.stamp()).hexdigest()
+    key = hashlib.sha256(f"{_FORMAT} {what}\n".encode() + images.listing()).hexdigest()
     return Path(store).expanduser().absolute() / f"{key[:16]}.npy"
 
 

@@ -99,10 +99,8 @@ class Shards(Encoded):
 
     def listing(self) -> bytes:
         places = zip(self.index["shards"].tolist(), self.names, self.index["sizes"], strict=True)
-        return os.fsencode("".join(f"{self.paths[shard].name}/{name}\t{size}\n" for shard, name, size in places))
-
-    def stamp(self) -> bytes:
-        return self.listing() + b"".join(file_stamp(path) for path in self.paths)
+        images = os.fsencode("".join(f"{shard}/{name}\t{size}\n" for shard, name, size in places))
+        return images + b"".join(file_stamp(path, path.name) for path in self.paths)
 
 
 def _shards(pattern: str) -> list[Path]:
@@ -125,7 +123,7 @@ def _index(path: Path, store: str | None) -> dict[str, np.ndarray]:
     if store is None:
         return _scan(path)
     folder = Path(store).expanduser().absolute()
-    kept = folder / f"{hashlib.sha256(b'index 1 ' + file_stamp(path)).hexdigest()[:16]}.npz"
+    kept = folder / f"{hashlib.sha256(b'index 1 ' + file_stamp(path, str(path))).hexdigest()[:16]}.npz"
     index = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
