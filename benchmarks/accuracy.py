@@ -1,0 +1,182 @@
+"""What the fast path costs in accuracy: repeated views of a cached teacher, beside a plain loop that asks every time.
+
+    python -m benchmarks.accuracy teacher=resnet20 teacher.checkpoint=resnet20.safetensors student=resnet8 \
+        data=imagefolder data.root=cifar10 --rows 2500 --json benchmarks/accuracy.json --plot docs/views.png
+
+"K views" trains through distill.fit with our defaults: K repeatable views of an image take turns over the epochs, the
+teacher's answers are cached, batch-wise augmentation, channels last, the precision of the machine. K = epochs is online
+distillation. "plain loop" has nothing of ours but the networks and the images: torchvision's transforms for each image
+in a DataLoader, contiguous tensors, float32, the teacher asked in every step. Same losses, optimizer, schedule, epochs,
+initial weights by seed. After each epoch the validation images are scored, at the end the test images.
+
+Every (path, seed) is a process of its own with one thread; as many run at a time as there are cores.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from csv import DictReader
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from benchmarks.data import SHIFTED, TO_FLOAT, PerSample
+from benchmarks.epochs import first, setting
+from benchmarks.paired import record
+from distill import build, fit
+from distill.measure import accuracy, predict
+
+PLAIN = "plain loop"
+
+
+def fast(cfg, data, teacher, views: int) -> tuple[nn.Module, list[float]]:
+    """The student and its validation accuracy after each epoch, by our fit."""
+    cfg.cache.views, cfg.select = views, "last"
+    student = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    losses = {name: build.plain(cfg.loss[name]) for name in ("ce", "kd")}
+    with tempfile.TemporaryDirectory() as folder:
+        fit.fit(cfg, student, teacher, losses, data, Path(folder), cfg.trainer.max_epochs, cfg.optimizer.lr)
+        with open(next(Path(folder).rglob("metrics.csv")), newline="") as file:
+            scores = [float(row["val/accuracy"]) for row in DictReader(file) if row["val/accuracy"]]
+    return student.plain(), scores
+
+
+def plain(cfg, data, teacher) -> tuple[nn.Module, list[float]]:
+    """The same by a loop of plain PyTorch."""
+    student = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed).plain().train()
+    taught_by = teacher.network.plain()
+    samples = PerSample(data.train.images, data.train.labels, v2.Compose([*SHIFTED, *TO_FLOAT]))
+    loader = DataLoader(samples, data.batch_size, shuffle=True, drop_last=True)
+    options = {"momentum": cfg.optimizer.momentum, "nesterov": True, "weight_decay": cfg.optimizer.weight_decay}
+    optimizer = torch.optim.SGD(student.parameters(), cfg.optimizer.lr, **options)
+    steps = cfg.trainer.max_epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    temperature, weight, scores = cfg.loss.kd.temperature, cfg.loss.kd.weight, []
+    torch.manual_seed(cfg.seed)
+    for _ in range(cfg.trainer.max_epochs):
+        for images, labels in loader:
+            with torch.no_grad():
+                soft = F.softmax(taught_by(images) / temperature, 1)
+            logits = student(images)
+            divergence = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean")
+            loss = F.cross_entropy(logits, labels) + weight * temperature**2 * divergence
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        scores.append(score(student, data.val_loader()))
+    return student, scores
+
+
+def score(net: nn.Module, loader) -> float:
+    """The share of the images that `net` classifies rightly."""
+    net.eval()
+    logits, labels, _ = predict({"net": net}, loader)
+    net.train()
+    return accuracy(logits["net"], labels)
+
+
+def measure(words: list[str], rows: int, path: str, seed: int) -> dict:
+    """One path with one seed, in this process."""
+    torch.set_num_threads(1)
+    with redirect_stdout(sys.stderr):
+        cfg, data, teacher = setting([*words, f"seed={seed}", "cache.seed=0"], None)
+        data = replace(data, train=first(data.train, rows), val=first(data.val, rows))
+        if path == PLAIN:
+            net, scores = plain(cfg, data, teacher)
+        else:
+            net, scores = fast(cfg, data, teacher, int(path.split()[0]))
+        return {"path": path, "seed": seed, "validation": scores, "test": score(net, data.test_loader())}
+
+
+def reached(scores: list[float], wanted: float) -> int | None:
+    """The first epoch, from 1, after which the validation accuracy was at least `wanted`."""
+    return next((epoch for epoch, value in enumerate(scores, 1) if value >= wanted), None)
+
+
+def summary(runs: list[dict], epochs: int) -> dict[str, dict]:
+    """For each path: test accuracies, and the first epoch with what the online run of the same seed ended with."""
+    ends = {run["seed"]: run["validation"][-1] for run in runs if run["path"] == f"{epochs} views"}
+    found: dict[str, dict] = {}
+    for run in runs:
+        row = found.setdefault(run["path"], {"test": [], "epoch": []})
+        row["test"].append(run["test"])
+        if run["seed"] in ends:
+            row["epoch"].append(reached(run["validation"], ends[run["seed"]]))
+    for row in found.values():
+        row["test mean"] = statistics.mean(row["test"])
+        row["test standard deviation"] = statistics.stdev(row["test"]) if len(row["test"]) > 1 else None
+    return found
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Validation accuracy over the epochs, the mean of the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(run["path"] for run in runs):
+        seeds = [run["validation"] for run in runs if run["path"] == name]
+        means = [100 * statistics.mean(values) for values in zip(*seeds, strict=True)]
+        axes.plot(range(1, len(means) + 1), means, label=name, linestyle="--" if name == PLAIN else "-")
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="of train.py: teacher=resnet20 student=resnet8 …")
+    parser.add_argument("--rows", type=int, default=2500, help="training images")
+    parser.add_argument("--epochs", type=int, default=64, help="of every run")
+    parser.add_argument(
+        "--views", type=int, nargs="*", default=[1, 4, 16], help="K, besides that of online distillation"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each path")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw the curves")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    words = [*options.words, f"trainer.max_epochs={options.epochs}"]
+    if options.one:
+        print(json.dumps(measure(words, options.rows, *options.one)))
+        return
+    runs: list[dict] = []
+
+    def job(one: tuple[str, int]) -> None:
+        command = [sys.executable, "-m", "benchmarks.accuracy", *options.words, "--rows", str(options.rows)]
+        command += ["--epochs", str(options.epochs), "--one", json.dumps(one)]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{one[0]}, seed {one[1]}: {runs[-1]['test']:.2%} of the test images", flush=True)
+
+    # the online run first: the views that it asks about are those of all
+    paths = [*(f"{views} views" for views in sorted({*options.views, options.epochs}, reverse=True)), PLAIN]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(job, [(path, seed) for seed in range(options.seeds) for path in paths]))
+    runs.sort(key=lambda run: (paths.index(run["path"]), run["seed"]))
+    found = summary(runs, options.epochs)
+    for path, row in found.items():
+        spread = "" if row["test standard deviation"] is None else f" ± {row['test standard deviation']:.2%}"
+        print(f"{path}: {row['test mean']:.2%}{spread} of the test images; as good as online in epoch {row['epoch']}")
+    record("benchmarks.accuracy", options.json, epochs=options.epochs, rows=options.rows, summary=found, runs=runs)
+    if options.plot:
+        plot(runs, options.plot)
+
+
+if __name__ == "__main__":
+    main()
