@@ -37,7 +37,7 @@ def main(cfg):
         student = job.student()
         exporters, failures = build.steps(cfg.export), []
         nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
-        if cfg.compress and cfg.export and job.compresses():
+        if cfg.compress and job.compresses():
             finetune = finetuner(cfg, teacher, data, folder)
             steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
             small, failures = compress.compress(steps, student.plain(), data, finetune, flows)

@@ -5,7 +5,7 @@
 
 torchdistill runs as its examples do: its DistillationBox with KDLoss, per-sample torchvision transforms in a
 DataLoader, float32, contiguous tensors. Then what makes the difference is taken in step by step, in its loop: memory
-format, precision, our images; and last our loop. All take turns in one process, an epoch each.
+format, precision, our images; and last our loop, and in it a teacher in int8. All take turns in one process.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from torchvision.transforms import v2
 
 from benchmarks.epochs import ours, setting
 from benchmarks.paired import in_turns, ratio, record
-from distill import build
+from distill import build, fit
 from distill.data.base import Data
+from distill.precision import on_cpu
 
 PER_SAMPLE = v2.Compose(
     [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -137,6 +138,10 @@ def main() -> None:
             "ours, online": ours(cfg, data, teacher, ("ce", "kd"), keep="off"),
             "ours, cached": ours(cfg, data, teacher, ("ce", "kd"), keep="logits", views=1),
         }
+        if on_cpu(cfg.trainer.accelerator):
+            cfg.teacher.precision = "int8"
+            in_int8 = fit.frozen(cfg, teacher.network, data)
+            contenders["ours, online, int8 teacher"] = ours(cfg, data, in_int8, ("ce", "kd"), keep="off")
         found = in_turns(contenders, options.rounds)
     steps = len(data.train) // data.batch_size * data.batch_size
     speed = {name: [steps / seconds for seconds in runs] for name, runs in found.items()}

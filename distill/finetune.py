@@ -80,6 +80,7 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
         return net.eval()
 
+    finetune.folder = Path(folder)
     return finetune
 
 

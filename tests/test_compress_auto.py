@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from distill.compress import auto as search
 from distill.compress.auto import Candidate, auto, pareto, table
 from distill.compress.coverage import int8_share
 from distill.data.fake import fake
@@ -65,3 +68,24 @@ def test_the_pareto_front_is_what_nothing_else_beats_in_both():
     )
     assert pareto([small, fast, both_worse, twin]) == [small, fast, twin]
     assert table([small, fast, both_worse], fast).count("*") == 2
+
+
+def test_a_later_command_takes_the_choice_and_measures_nothing(net, data, tmp_path, monkeypatch, capsys):
+    finetune = as_it_is([])
+    finetune.folder = tmp_path
+    options = dict(ratios=[0.0], quantizers=["none", "static_int8"], accuracy_drop=1.0)
+    first = auto(net, finetune, data, **options)
+    (kept,) = (tmp_path / "compress").iterdir()
+    record = json.loads(kept.read_text())
+    assert record["found"][record["chosen"]]["quantizer"] == "static_int8"
+    record["chosen"] = 0  # as if times had been others then
+    kept.write_text(json.dumps(record))
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "latency", None)
+        again = auto(net, finetune, data, **options)
+    assert int8_share(first) > 0.9 and int8_share(again) == 0
+    assert f"chosen before, read from {kept}" in capsys.readouterr().out
+    other = auto(net, finetune, data, **options | {"accuracy_drop": 0.99})  # other options: searched anew
+    assert int8_share(other) > 0.9
+    kept.write_text("[]")
+    assert int8_share(auto(net, finetune, data, **options)) > 0.9

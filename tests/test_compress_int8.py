@@ -10,7 +10,8 @@ from distill import compress
 from distill.compress import flows
 from distill.compress.calibrate import calibration
 from distill.compress.cast import cast
-from distill.compress.coverage import coverage, describe, int8_share, stored
+from distill.compress.coverage import coverage, describe, int8_share, stored, warning
+from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.flows import FLOWS, layers, paths, prepare
 from distill.compress.sensitivity import by_sensitivity
 from distill.compress.static_int8 import static_int8
@@ -128,8 +129,12 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("flow", ["fx", "xnnpack"])
 def test_control_flow_is_told_with_its_layer(data, flow):
     net = nn.Sequential(nn.Conv2d(3, 3, 1), Branching(), nn.Flatten(), nn.Linear(192, 4)).eval()
-    with pytest.raises(UserError, match=r"can't be captured .* at layer 1 \(test_compress_int8.py:\d+\).*dynamic_int8"):
+    with pytest.raises(UserError, match=r"can't be captured .* at layer 1 \(test_compress_int8.py:\d+\)") as told:
         static_int8(net, data=data, flow=flow)
+    assert ("dynamic_int8" in str(told.value)) == (flow == "fx")  # elsewhere it would need the graph too
+    if flow != "fx":
+        with pytest.raises(UserError, match=r"can't be captured .* at layer 1"):
+            dynamic_int8(net, data=data, flow=flow)
 
 
 @pytest.mark.parametrize("options", [{"flow": "tpu"}, {"observer": "guess"}, {"skip": "head"}], ids=str)
@@ -189,3 +194,48 @@ def test_for_onnx_nothing_is_rounded_between_a_convolution_and_its_relu6():
     assert "quantize" in str(rounded.target)
     with torch.no_grad():
         assert (small(images) - net(images)).abs().max() < 0.05 * net(images).abs().max()
+
+
+class Attention(nn.Module):
+    """Convolution to four tokens, attention whose weights no Linear is called with, Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (N, 4, 32)
+        return self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("flow", ["xnnpack", "onnx"])
+@pytest.mark.parametrize("build", [network, Attention])
+def test_dynamic_int8_of_a_captured_flow_is_near_and_counted(data, build, flow):
+    torch.manual_seed(0)
+    net, pixels = build().eval(), images(0)[0][:7].float() / 255
+    before = copy.deepcopy(net.state_dict())
+    small = dynamic_int8(net, data=data, flow=flow).train().eval()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for batch in (pixels, pixels[:1]):
+        wanted = net(batch)
+        assert 0 < (small(batch) - wanted).abs().max() < 0.05 * wanted.abs().max()
+    matrices = [each for name, each in net.named_parameters() if each.dim() == 2]
+    convolutions = [each for name, each in net.named_parameters() if each.dim() == 4]
+    kinds = {name: part.weights for name, part in stored(small).items()}
+    computed = [*matrices, *(each for each in convolutions if flow == "xnnpack" and each.shape[1] > 1)]
+    assert kinds["dynamic int8"] == sum(each.numel() for each in computed)
+    kept = 0 if flow == "xnnpack" else sum(each.numel() for each in convolutions)
+    assert kinds.get("weight-only int8", 0) == kept
+
+
+def test_dynamic_int8_without_convolutions_says_what_would_reach_them(data):
+    small = dynamic_int8(network(), data=data, flow="onnx", conv="float")
+    assert stored(small)["dynamic int8"].weights == 4 * 64
+    assert "compress.dynamic_int8.conv=weight_only" in warning(small)
+
+
+def test_without_an_exporter_nothing_is_compressed_and_that_is_said(data, capsys):
+    assert compress.compress({"a": None}, network(), data, None, []) == ({}, [])
+    assert capsys.readouterr().out == "compress: nothing to compress for, export=[] names no file\n"

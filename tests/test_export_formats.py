@@ -127,6 +127,45 @@ def test_executorch_leaves_no_layer_to_slow_kernels(exported):
         assert not {name for name in operators if "conv" in name or "linear" in name or "addmm" in name}
 
 
+@pytest.fixture(scope="module")
+def dynamic(network, data, tmp_path_factory):
+    """{exporter: (the dynamic int8 network, its file)}; the float files are another fixture's"""
+    folder, found = tmp_path_factory.mktemp("dynamic"), {}
+    for name in ("executorch", "onnx", "torch_export"):
+        net = dynamic_int8(network.plain(), data=data, flow=EXPORTERS[name].FLOW)
+        found[name] = net, EXPORTERS[name].export(net, torch.rand(2, 3, SIZE, SIZE), folder / "dynamic", {})[0]
+    return found
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_dynamic_int8_answers_like_its_source(dynamic, name):
+    net, file = dynamic[name]
+    for batch in (1, 7, 19):
+        images = torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            wanted = net(images)
+        tolerance = 0.05 * wanted.abs().max().item() if file.rounds else 1e-4
+        torch.testing.assert_close(file.run(images), wanted, rtol=1e-4, atol=tolerance)
+
+
+def test_dynamic_int8_runs_in_the_runtimes_own_kernels(dynamic, tmp_path):
+    import onnx as onnx_package
+    import onnxruntime
+    from executorch.exir._serialize import _deserialize_pte_binary
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(dynamic["onnx"][1].path), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx_package.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators.count("QGemm") == 1  # on tokens (N, T, D) it would be DynamicQuantizeMatMul
+    assert not {"Gemm", "MatMul", "DequantizeLinear"} & set(operators)
+
+    program = _deserialize_pte_binary(dynamic["executorch"][1].path.read_bytes())
+    operators = {operator.name for operator in getattr(program, "program", program).execution_plan[0].operators}
+    assert not {name for name in operators if "quant" in name or "conv" in name or "linear" in name or "addmm" in name}
+
+
 # Processes of their own
 
 

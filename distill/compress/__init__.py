@@ -17,8 +17,10 @@ def compress(
     steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable, flows: Iterable[str]
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed."""
-    nets, failures = {}, []
-    for flow in dict.fromkeys(flows):
+    nets, failures, flows = {}, [], dict.fromkeys(flows)
+    if not flows:
+        say("compress: nothing to compress for, export=[] names no file")
+    for flow in flows:
         say(f"compress: {', '.join(steps)} ({flow})")
         try:
             nets[flow] = chain(steps, net, data, finetune, flow)

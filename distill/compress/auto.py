@@ -2,12 +2,14 @@
 
 A candidate is a share of channels to prune and a way to quantize what is left. Bytes and latency need no training:
 they are measured first, on the exported file in its own runtime, for all candidates. Those within the budget are then
-trained and scored on the validation images, the smallest first, until one is accurate enough.
+trained and scored on the validation images, the smallest first, until one is accurate enough. What was chosen is kept
+in the run's folder: a later command exports the same, although times measured again would differ.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.export.serve import serve
+from distill.files import atomic, content_key
 from distill.measure import accuracy, latency, predict
 from distill.progress import say
 from distill.sizes import parse_bytes
+from distill.teachers import tensors_hash
 
 RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # what measures a flow
 QUANTIZERS = {
@@ -69,7 +73,8 @@ def auto(
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K); untouched.
-        finetune: trains candidates, see distill/finetune.py.
+        finetune: trains candidates, see distill/finetune.py. Where it has a `folder`, the choice is kept in
+            folder/compress/auto-FLOW.json, and taken from there for the same weights, images and options.
         data: training images calibrate, validation images decide.
         bytes: of the file, at most: a number or "1MB"; None: any.
         latency_ms: of one image on one thread of this machine, at most; None: any.
@@ -91,7 +96,24 @@ def auto(
     if latency_ms is not None and not isinstance(latency_ms, (int, float)):
         raise UsageError(f"budget.latency_ms={latency_ms}: expected milliseconds, such as 5")
     limit = None if bytes is None else parse_bytes(bytes, "budget.bytes")
-    found = []
+    narrow = {}  # pruned and trained, by ratio
+
+    def made(candidate: Candidate) -> nn.Module:
+        train = _named(finetune, candidate)
+        if candidate.ratio not in narrow:
+            narrow[candidate.ratio] = _pruned(net, data, candidate.ratio, train, epochs, lr)
+        return _quantized(narrow[candidate.ratio], candidate.quantizer, train, data, flow)
+
+    options = [limit, latency_ms, accuracy_drop, list(ratios), list(quantizers), epochs, lr]
+    start = tensors_hash(net.state_dict().items())
+    key = content_key({"flow": flow, "start": start, "images": data.fingerprint, "options": options})
+    folder = getattr(finetune, "folder", None)
+    kept = None if folder is None else folder / "compress" / f"auto-{flow}.json"
+    found, chosen = _recall(kept, key)
+    if chosen is not None:
+        say(f"  auto: chosen before, read from {kept} (without that file the search begins anew)")
+        say(table(found, chosen))
+        return made(chosen)
     for ratio in ratios:
         bare = _pruned(net, data, ratio, None, 0, lr)
         if bare is not None:
@@ -102,12 +124,8 @@ def auto(
         for candidate in sorted(found, key=lambda each: (each.bytes, each.quantizer == "qat_int8"))
         if (limit is None or candidate.bytes <= limit) and (latency_ms is None or candidate.latency_ms <= latency_ms)
     ]
-    chosen, narrow = None, {}  # pruned and trained, by ratio
     for candidate in small_enough:
-        train = _named(finetune, candidate)
-        if candidate.ratio not in narrow:
-            narrow[candidate.ratio] = _pruned(net, data, candidate.ratio, train, epochs, lr)
-        result = _quantized(narrow[candidate.ratio], candidate.quantizer, train, data, flow)
+        result = made(candidate)
         drop = wanted - _accuracy(result, data)
         found[found.index(candidate)] = candidate = replace(candidate, drop=drop)
         say(f"  auto: {candidate}: {drop:+.2%} of validation accuracy lost")
@@ -117,7 +135,24 @@ def auto(
     say(table(found, chosen))
     if chosen is None:
         raise UserError(_miss(found, limit, latency_ms, accuracy_drop, flow))
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        record = {"key": key, "chosen": found.index(chosen), "found": [asdict(one) for one in found]}
+        with atomic(kept) as temporary:
+            temporary.write_text(json.dumps(record, indent=2))
     return result
+
+
+def _recall(kept: Path | None, key: str) -> tuple[list[Candidate], Candidate | None]:
+    """All candidates and the chosen one of an earlier search under `key`; [] and None where there was none."""
+    try:
+        record = json.loads(kept.read_text()) if kept is not None else {}
+        if record.get("key") != key:
+            return [], None
+        found = [Candidate(**one) for one in record["found"]]
+        return found, found[record["chosen"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, or not one of ours
+        return [], None
 
 
 def pareto(found: Sequence[Candidate]) -> list[Candidate]:

@@ -14,6 +14,8 @@ from distill.compress.weight_only_int8 import Int8Linear
 INT8 = ("static int8", "dynamic int8", "weight-only int8")
 HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TREATMENTS = (*INT8, *HALF.values(), "float")
+CONV = torch.ops.aten.conv2d.default
+CHOOSE = "quantized_decomposed.choose_qparams"  # the range of an activation, at run time
 
 
 class Stored(NamedTuple):
@@ -43,14 +45,28 @@ def stored(net: nn.Module) -> dict[str, Stored]:
         else:
             buffers = list(module.buffers(recurse=False))
             frozen = [buffer for buffer in buffers if buffer.dtype == torch.int8]
-            captured = isinstance(module, fx.GraphModule) and frozen  # its buffers are the weights and their scales
-            size["static int8" if captured else "float"] += sum(buffer.nbytes for buffer in buffers)
-            weights["static int8"] += sum(buffer.numel() for buffer in frozen)
+            kind = _kind(module) if frozen else "float"  # beside int8 weights are their scales
+            size[kind] += sum(buffer.nbytes for buffer in buffers)
+            weights[kind] += sum(buffer.numel() for buffer in frozen)
     for value in floats.values():
         kind = HALF.get(value.dtype, "float")
         weights[kind] += value.numel()
         size[kind] += value.nbytes
     return {name: Stored(weights[name], size[name]) for name in TREATMENTS if size[name] or name == "float"}
+
+
+def _kind(module: nn.Module) -> str:
+    """How a captured graph computes with the int8 weights that it holds; those of a layer inside of it, captured as it
+    stored them, are dequantized."""
+    if not isinstance(module, fx.GraphModule):
+        return "weight-only int8"
+    return "dynamic int8" if any(str(node.target).startswith(CHOOSE) for node in module.graph.nodes) else "static int8"
+
+
+def _has_float_convolutions(net: nn.Module) -> bool:
+    graphs = [module.graph for module in net.modules() if isinstance(module, fx.GraphModule)]
+    captured = any(node.target == CONV and node.args[1].op == "get_attr" for graph in graphs for node in graph.nodes)
+    return captured or any(type(module) is nn.Conv2d for module in net.modules())
 
 
 def coverage(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -76,7 +92,7 @@ def warning(net: nn.Module) -> str | None:
         return None
     name = next(name for name in TREATMENTS if name in parts)
     line = f"{name} reached only {share:.0%} of the weights"
-    if name == "dynamic int8" and any(type(module) is nn.Conv2d for module in net.modules()):
+    if name == "dynamic int8" and _has_float_convolutions(net):
         return f"{line}, convolutions stayed float: compress.dynamic_int8.conv=weight_only stores them in int8"
     return f"{line}: the rest is in layers that it does not know (it knows Linear and zero-padded Conv2d)"
 

@@ -1,8 +1,10 @@
-"""Dynamic int8: Linear layers compute in int8, convolutions are stored in int8.
+"""Dynamic int8: Linear layers compute in int8, convolutions are stored in int8 or compute in it too.
 
-- Linear: `torch.ao.quantization.quantize_dynamic`, int8 weights with one scale per output channel; the
-  activations get one scale per batch, chosen when the network runs, so no calibration data is needed.
-- Conv2d: PyTorch has no dynamic kernel for it. Its weights are stored in int8, symmetric with one scale per
+- Linear: int8 weights with one scale per output channel; the activations get one scale per batch, chosen when the
+  network runs, so no calibration data is needed. TorchScript's form of it is made by
+  `torch.ao.quantization.quantize_dynamic`, that of ExecuTorch (flow "xnnpack") and ONNX in distill/compress/flows.py.
+- Conv2d: XNNPACK computes it like Linear; only a depthwise one stays float there. PyTorch has no dynamic kernel, and
+  ONNX Runtime's is slower than float. For these two its weights are stored in int8, symmetric with one scale per
   output channel (Jacob et al. 2018, arXiv:1712.05877; per channel: Krishnamoorthi 2018, arXiv:1806.08342):
 
       q = round(w / s),  s = max|w| / 127,  w' = s · q,  so |w - w'| <= s / 2
@@ -20,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from torch.fx.experimental.optimization import fuse
 
+from distill.compress import flows
 from distill.errors import UserError
 
 CONV = ("weight_only", "float")
@@ -73,24 +76,30 @@ def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, 
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
-        finetune, data, flow: part of every compression step's signature; not needed here.
-        conv: "weight_only" stores convolutions in int8; "float" leaves them as they are.
+        finetune: part of every compression step's signature; not needed here.
+        data: gives the size of the images; not needed for the flow "fx".
+        flow: one of flows.FLOWS.
+        conv: "weight_only" stores convolutions in int8; "float" leaves them as they are. For the flow "xnnpack", whose
+            runtime can't hold stored ones, they compute in int8 as well.
 
-    Subclasses of Linear and Conv2d, and convolutions padded with anything but zeros, stay float: `coverage`
-    says how much that is.
+    Subclasses of Linear and Conv2d (but for Linear's in "xnnpack" and "onnx"), and convolutions padded with anything
+    but zeros, stay float: `coverage` says how much that is.
 
     Raises:
-        UserError: `conv` is none of these.
+        UserError: `conv` is none of these; or, in "xnnpack" and "onnx", the network's graph can't be captured.
     """
     if conv not in CONV:
         raise UserError(f"compress.dynamic_int8.conv={conv} is unknown: choose one of {', '.join(CONV)}")
-    net = fold_batch_norm(net)
+    net, stores = fold_batch_norm(net), conv == "weight_only"
+    if stores and flow != "xnnpack":
+        for name, module in list(net.named_modules()):
+            if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+                net.set_submodule(name, Int8Conv2d(module))
+    if flow != "fx":
+        example = torch.rand(2, 3, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0))
+        return flows.dynamic(net, example, flow, conv=stores and flow == "xnnpack")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization is to move to torchao
         warnings.filterwarnings("ignore", message=".*(reduce_range|quantize_per_channel)")
         quantize_dynamic(net, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
-    if conv == "weight_only":
-        for name, module in list(net.named_modules()):
-            if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-                net.set_submodule(name, Int8Conv2d(module))
     return net

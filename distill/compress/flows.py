@@ -7,12 +7,14 @@
 
 Static int8 (Jacob et al. 2018, arXiv:1712.05877): q = clamp(round(x / s) + z). Activations have one scale and zero
 point a tensor, found on images; weights are symmetric, with one scale for each output channel, always: with one scale
-a tensor, depthwise networks fall to chance (Krishnamoorthi 2018, arXiv:1806.08342).
+a tensor, depthwise networks fall to chance (Krishnamoorthi 2018, arXiv:1806.08342). Dynamic int8 finds the activations'
+scale and zero point anew for what it is asked about, when it runs.
 """
 
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +23,7 @@ from torch.ao.nn.intrinsic.qat import freeze_bn_stats
 from torch.ao.quantization import quantize_fx
 
 from distill.errors import UsageError, UserError
-from distill.export.graph import place, quiet
+from distill.export.graph import module_of, place, quiet
 
 FLOWS = ("fx", "xnnpack", "onnx")
 OBSERVERS = ("histogram", "minmax", "moving_average")
@@ -29,6 +31,8 @@ OBSERVERS = ("histogram", "minmax", "moving_average")
 BATCH_NORM, DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
 CLAMPS = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)  # ReLU6
 TRAINING = {BATCH_NORM: 5, DROPOUT: 2}  # which argument of the op says that it trains
+LINEAR = torch.ops.aten.linear.default
+ELEMENTWISE = tuple(getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div"))
 
 
 class Captured(nn.Module):
@@ -86,7 +90,7 @@ def prepare(
             raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
     skip = paths(net, skip)
     net = copy.deepcopy(net).train(qat)
-    with quiet(), _capturing(net):
+    with quiet(), _capturing(net, flow):
         return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
 
 
@@ -95,14 +99,37 @@ def convert(prepared: nn.Module, flow: str) -> nn.Module:
     with quiet():
         if flow == "fx":
             return quantize_fx.convert_fx(copy.deepcopy(prepared).eval())
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
         prepared = copy.deepcopy(prepared).eval()
         for node in prepared.graph.graph.nodes:
             if node.target in TRAINING:
                 node.update_arg(TRAINING[node.target], False)
-        # a copy is a plain GraphModule, whose train() and eval() don't raise as those of an exported one
-        return _used(_plain(copy.deepcopy(convert_pt2e(prepared.graph, fold_quantize=True))))
+        return _convert_pt2e(prepared.graph)
+
+
+def dynamic(net: nn.Module, example: Tensor, flow: str, conv: bool) -> nn.Module:
+    """A copy of `net` whose Linear layers have int8 weights and round their input in the range that it has at run time.
+
+    Args:
+        net, example: as for `prepare`.
+        flow: "xnnpack" or "onnx".
+        conv: convolutions too, but for depthwise ones. XNNPACK has kernels for it, ONNX Runtime no fast ones.
+
+    Raises:
+        UserError: a network whose graph can't be captured.
+    """
+    net = copy.deepcopy(net).eval()
+    with quiet(), _capturing(net, flow):
+        try:
+            from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+            from distill.compress.quantizer import Dynamic
+        except ImportError as error:
+            raise _missing(flow) from error
+        graph = _four_dimensional(_exported(net, example))
+        prepared = prepare_pt2e(graph, Dynamic(_pt2e_config(flow, False, None), conv))
+        prepared(example)  # the weights are observed
+        small = _convert_pt2e(prepared)
+    return _bias_apart(small) if flow == "onnx" else small
 
 
 def freeze(prepared: nn.Module, *, observers: bool, statistics: bool) -> None:
@@ -162,14 +189,39 @@ def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
     except ImportError as error:
-        raise UserError(f"static int8 for {flow} needs executorch: pip install 'distill[executorch]'") from error
-    program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        raise _missing(flow) from error
     quantizer = XNNPACKQuantizer().set_global(_pt2e_config(flow, qat, observer))
-    quantizer.set_filter_function(lambda node: not _modules_of(node) & skip)
-    prepared = (prepare_qat_pt2e if qat else prepare_pt2e)(program.module(), quantizer)
+    quantizer.set_filter_function(lambda node: module_of(node)[0] not in skip)
+    prepared = (prepare_qat_pt2e if qat else prepare_pt2e)(_exported(net, example), quantizer)
     if flow == "onnx":
         _round_once(prepared)
     return Captured(prepared).train(qat)
+
+
+def _exported(net: nn.Module, example: Tensor) -> fx.GraphModule:
+    return torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+
+
+def _missing(flow: str) -> UserError:
+    return UserError(f"int8 for {flow} needs executorch: pip install 'distill[executorch]'")
+
+
+def _four_dimensional(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph` whose constants that meet images (N, C, H, W) have four dimensions too: in front of a dynamic
+    convolution XNNPACK lays images out with the channels last, and would take a (C, 1, 1) for (1, C, 1, 1) there."""
+    for node in graph.graph.nodes:
+        meet = {user.meta["val"].dim() if user.target in ELEMENTWISE else None for user in node.users}
+        if node.op == "get_attr" and meet == {4}:
+            value = attrgetter(node.target)(graph)
+            value.data = value.data.view([1] * (4 - value.dim()) + list(value.shape))
+    return graph
+
+
+def _convert_pt2e(prepared: fx.GraphModule) -> fx.GraphModule:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    # a copy is a plain GraphModule, whose train() and eval() don't raise as those of an exported one
+    return _used(_plain(copy.deepcopy(convert_pt2e(prepared, fold_quantize=True))))
 
 
 def _round_once(prepared: fx.GraphModule) -> None:
@@ -183,8 +235,23 @@ def _round_once(prepared: fx.GraphModule) -> None:
     prepared.recompile()
 
 
-def _pt2e_config(flow: str, qat: bool, observer: str):
-    """What XNNPACK executes; ONNX Runtime's fast kernels want the activations unsigned."""
+def _bias_apart(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph` whose Linear layers add their bias in an operator of its own: with a float one inside, ONNX Runtime would
+    dequantize the weights at every call."""
+    for node in graph.graph.find_nodes(op="call_function", target=LINEAR):
+        if len(node.args) > 2 and node.args[2] is not None:
+            with graph.graph.inserting_after(node):
+                added = graph.graph.call_function(torch.ops.aten.add.Tensor, (node, node.args[2]))
+            added.meta = dict(node.meta)
+            node.replace_all_uses_with(added, delete_user_cb=lambda user, added=added: user is not added)
+            node.args = node.args[:2]
+    graph.recompile()
+    return graph
+
+
+def _pt2e_config(flow: str, qat: bool, observer: str | None):
+    """What XNNPACK executes; ONNX Runtime's fast kernels want the activations unsigned. Without an `observer` the
+    activations' ranges are found at run time."""
     from torchao.quantization import pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
@@ -194,7 +261,8 @@ def _pt2e_config(flow: str, qat: bool, observer: str):
         activation = fake.with_args(observer=pt2e.MovingAverageMinMaxObserver, eps=eps)
         weight = fake.with_args(observer=pt2e.MovingAveragePerChannelMinMaxObserver, eps=eps)
     else:
-        activation = _observers(pt2e)[observer].with_args(eps=eps)
+        kind = pt2e.PlaceholderObserver if observer is None else _observers(pt2e)[observer]
+        activation = kind.with_args(eps=eps)
         weight = pt2e.PerChannelMinMaxObserver.with_args(eps=eps)
     dtype, low, high = (torch.uint8, 0, 255) if flow == "onnx" else (torch.int8, -128, 127)
     activations = QuantizationSpec(
@@ -202,6 +270,7 @@ def _pt2e_config(flow: str, qat: bool, observer: str):
         quant_min=low,
         quant_max=high,
         qscheme=torch.per_tensor_affine,
+        is_dynamic=observer is None,
         observer_or_fake_quant_ctr=activation,
     )
     weights = QuantizationSpec(
@@ -224,12 +293,6 @@ def _observers(package) -> dict:
     }
 
 
-def _modules_of(node: fx.Node) -> set[str]:
-    """Paths of the modules in whose forward a node of a torch.export graph was recorded: the innermost one's."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return {stack[-1][0].removeprefix("L['self'].")} if stack else set()
-
-
 def _plain(graph: fx.GraphModule) -> fx.GraphModule:
     """`graph` whose train() and eval() are those of any module: torch.export lets them raise."""
     for name in ("train", "eval"):
@@ -248,7 +311,7 @@ def _used(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextmanager
-def _capturing(net: nn.Module) -> Iterator[None]:
+def _capturing(net: nn.Module, flow: str) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -257,7 +320,8 @@ def _capturing(net: nn.Module) -> Iterator[None]:
         name = type(net.net if hasattr(net, "net") else net).__name__
         reason = str(error).strip().partition("\n")[0][:200]
         where = place(error, net)
+        instead = ", or choose compress=[dynamic_int8], which needs no graph" if flow == "fx" else ""
         raise UserError(
             f"{name} can't be captured as a graph{where}: {type(error).__name__}: {reason}; let its forward not "
-            "depend on values, or choose compress=[dynamic_int8], which needs no graph"
+            f"depend on values{instead}"
         ) from error

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
 from distill.measure import parameters
 from distill.progress import say
@@ -42,8 +43,7 @@ def low_rank(
     """
     if not 0 < energy < 1 or epochs < 0:
         raise UsageError(f"compress.low_rank: energy={energy} must be between 0 and 1, epochs={epochs} at least 0")
-    if finetune is None and epochs > 0:
-        raise UserError("compress.low_rank trains: it needs a run with data and losses, or compress.low_rank.epochs=0")
+    train = tuning("low_rank", finetune, epochs, lr)
     small, count = copy.deepcopy(net).eval(), 0
     for name, layer in list(small.named_modules()):
         factors = _factors(layer, energy)
@@ -56,7 +56,7 @@ def low_rank(
             "the step out"
         )
     say(f"  low_rank: {count} layers factorised, {parameters(net):,} → {parameters(small):,} parameters")
-    return finetune(small, "low_rank", epochs=epochs, lr=lr) if epochs > 0 else small
+    return train(small, "low_rank")
 
 
 @torch.no_grad()

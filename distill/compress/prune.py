@@ -13,6 +13,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
+from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
 from distill.measure import macs as count_macs
 from distill.measure import parameters
@@ -65,8 +66,7 @@ def prune(
             f"compress.prune: spread={spread} must be one of {', '.join(SPREADS)}, norm={norm} 1 or 2, "
             f"round_to={round_to} at least 1, epochs={epochs} at least 0"
         )
-    if finetune is None and epochs > 0:
-        raise UserError("compress.prune trains: it needs a run with data and losses, or compress.prune.epochs=0")
+    train = tuning("prune", finetune, epochs, lr)
     example = torch.rand(2, 3, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0))
     whole = unprunable(net, example)
 
@@ -95,7 +95,7 @@ def prune(
         f"  prune: {parameters(net):,} → {parameters(small):,} parameters, "
         f"{count_macs(small, example) / before:.0%} of the MACs; left whole: {len(whole)} layers"
     )
-    return finetune(small, "prune", epochs=epochs, lr=lr) if epochs > 0 else small
+    return train(small, "prune")
 
 
 def _within(pruned: Callable, share_of: Callable, budget: float) -> nn.Module:

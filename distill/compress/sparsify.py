@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from distill.errors import UsageError, UserError
+from distill.compress.tuning import tuning
+from distill.errors import UsageError
 from distill.progress import say
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -60,15 +61,11 @@ def sparsify(
             f"compress.sparsify: sparsity={sparsity} must be between 0 and 1, rounds={rounds} at least 1, "
             f"epochs={epochs} at least 0"
         )
-    if finetune is None and epochs > 0:
-        raise UserError("compress.sparsify trains: it needs a run with data and losses, or compress.sparsify.epochs=0")
+    train = tuning("sparsify", finetune, epochs, lr)
     net = copy.deepcopy(net).eval()
     for number in range(1, rounds + 1):
         share = sparsity * (1 - (1 - number / rounds) ** 3)
-        masked = _mask(net, share)
-        if epochs > 0:
-            masked = finetune(masked, f"sparsify-{number}", epochs=epochs, lr=lr)
-        net = _bake(masked)
+        net = _bake(train(_mask(net, share), f"sparsify-{number}"))
     say(f"  sparsify: {zeros(net):.1%} of the weights are zero")
     return net
 

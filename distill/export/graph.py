@@ -68,12 +68,16 @@ def unknown(operator: str, node: fx.Node | None, name: str) -> UserError:
     return UserError(f"{name} does not know the operator {operator}{place}: replace it in the network")
 
 
-def layer(node: fx.Node) -> str:
-    """The module in whose forward a node was recorded, as its path and class."""
+def module_of(node: fx.Node) -> tuple[str, str]:
+    """Path and class of the innermost module in whose forward a node was recorded; the network's own path is ""."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path, kind = stack[-1] if stack else ("", "unknown")
-    path = path.removeprefix("L['self']").strip(".")
-    kind = kind if isinstance(kind, str) else kind.__name__
+    return path.removeprefix("L['self']").strip("."), kind if isinstance(kind, str) else kind.__name__
+
+
+def layer(node: fx.Node) -> str:
+    """`module_of` in words."""
+    path, kind = module_of(node)
     return f"layer {path or 'the network itself'}, {kind.rpartition('.')[2]}"
 
 

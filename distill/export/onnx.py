@@ -31,7 +31,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         UserError: onnx is missing, does not know a part of `net`, or the file cannot be written.
     """
     try:
-        import onnxscript  # noqa: F401  what torch.onnx needs
+        from onnxscript import ir  # which torch.onnx needs too
     except ImportError as error:
         raise _missing() from error
     stem = Path(stem)
@@ -53,6 +53,9 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
+        if node.op_type == "DynamicQuantizeLinear":  # whose scale is float64 for PyTorch
+            for value, dtype in zip(node.outputs, ("UINT8", "FLOAT", "UINT8"), strict=True):
+                value.dtype = ir.DataType[dtype]
     written.model.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
     write(stem.parent / f"{stem.name}.onnx", written.model_proto.SerializeToString())
@@ -94,7 +97,8 @@ def _quantization() -> dict:
     """torch.onnx does not know PT2E's operators; ONNX has the same ones by other names.
 
     Each takes the clamping bounds too, which are those of the type in every flow of this toolkit, or -127 for
-    weights that are integers already.
+    weights that are integers already. One ONNX operator finds a range at run time and rounds by it; the exporter makes
+    one of equal ones.
     """
     import torch.ao.quantization.fx._decomposed  # registers the operators
     from onnxscript import ir
@@ -109,6 +113,16 @@ def _quantization() -> dict:
     def dequantize(images, scale: float, zero_point: int, low: int, high: int, dtype: int):
         return op.DequantizeLinear(images, *parameters(scale, zero_point, dtype))
 
+    def choose(images, low: int, high: int, eps: float, dtype: int):
+        _, scale, zero_point = op.DynamicQuantizeLinear(images)
+        return scale, zero_point
+
+    def quantize_by(images, scale, zero_point, low: int, high: int, dtype: int):
+        return op.DynamicQuantizeLinear(images)[0]
+
+    def dequantize_by(images, scale, zero_point, low: int, high: int, dtype: int):
+        return op.DequantizeLinear(images, scale, zero_point)
+
     def dequantize_weights(weights, scales, zero_points, axis: int, low: int, high: int, dtype: int):
         return op.DequantizeLinear(weights, scales, op.Cast(zero_points, to=dtype), axis=axis)
 
@@ -116,6 +130,9 @@ def _quantization() -> dict:
     return {
         ops.quantize_per_tensor.default: quantize,
         ops.dequantize_per_tensor.default: dequantize,
+        ops.choose_qparams.tensor: choose,
+        ops.quantize_per_tensor.tensor: quantize_by,
+        ops.dequantize_per_tensor.tensor: dequantize_by,
         ops.dequantize_per_channel.default: dequantize_weights,
     }
 
