@@ -31,7 +31,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         UserError: onnx is missing, does not know a part of `net`, or the file cannot be written.
     """
     try:
-        from onnxscript import ir  # which torch.onnx needs too
+        import onnxscript  # noqa: F401  what torch.onnx needs
     except ImportError as error:
         raise _missing() from error
     stem = Path(stem)
@@ -51,14 +51,11 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             raise graph.refuse(error, program, "ONNX") from error
     for node in written.model.graph.all_nodes():  # where each came from in Python: a tenth of a small file
         node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-        if node.op_type == "DynamicQuantizeLinear":  # whose scale is float64 for PyTorch
-            for value, dtype in zip(node.outputs, ("UINT8", "FLOAT", "UINT8"), strict=True):
-                value.dtype = ir.DataType[dtype]
     written.model.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
-    write(stem.parent / f"{stem.name}.onnx", written.model_proto.SerializeToString())
+    file = written.model_proto
+    del file.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
+    write(stem.parent / f"{stem.name}.onnx", file.SerializeToString())
     return reload(stem)
 
 
