@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import distributed, nn
 
 from distill import build
-from distill.checkpoints import read_metadata, read_state, save_weights
+from distill.checkpoints import read_state, save_weights
 from distill.data.base import Data
 from distill.files import content_key
 from distill.fit import fit
@@ -27,7 +27,7 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
         finetune(net, name, *, epochs, lr, on_epoch=None) -> nn.Module
 
     trains a copy of `net` (images in [0, 1] to logits) under those losses of `cfg` that read logits only, in
-    folder/compress/NAME, and returns its best epoch. A killed fine-tuning is continued; a finished one of the same
+    folder/compress/NAME-KEY, and returns its best epoch. A killed fine-tuning is continued; a finished one of the same
     weights and configuration is read from its file.
     `on_epoch(net, epoch, epochs, training)` is called where an epoch (from 0) or its validation begins.
 
@@ -57,18 +57,14 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
         }
         decides["data"].pop("num_workers", None)
         key = content_key(decides)
-        place = Path(folder) / "compress" / name
+        place = Path(folder) / "compress" / f"{name}-{key}"
         weights = place / "weights.safetensors"
-        if weights.exists() and read_metadata(weights).get("key") == key:
+        if weights.exists():
             say(f"  {name}: fine-tuned before, read from {weights}")
             net.load_state_dict(read_state(weights))
             return net.eval()
         say(f"  {name}: fine-tuning under {' + '.join(losses)} for {epochs} epochs → {weights}")
         place.mkdir(parents=True, exist_ok=True)
-        started = place / "started"
-        if not started.exists() or started.read_text() != key:  # checkpoints of another start are not continued
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)
-            started.write_text(key)
         network = Network(net, {}, [0.0] * 3, [1.0] * 3)
         callbacks = [] if on_epoch is None else [EachEpoch(on_epoch, epochs)]
         settings = copy.deepcopy(cfg)
@@ -76,7 +72,7 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
             settings.trainer.precision = "32-true"  # fake quantization knows no other
         chosen = fit(settings, network, teacher, losses, data, place, epochs, lr, callbacks=callbacks)[cfg.select]
         say(f"  {name}: epoch {chosen['epoch']}, validation {chosen['accuracy']:.1%}")
-        save_weights(net, weights, {"key": key, "epoch": str(chosen["epoch"]), "accuracy": str(chosen["accuracy"])})
+        save_weights(net, weights, {"epoch": str(chosen["epoch"]), "accuracy": str(chosen["accuracy"])})
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
         return net.eval()
 
