@@ -5,9 +5,10 @@
 
 "K views" trains through distill.fit with our defaults: K repeatable views of an image take turns over the epochs, the
 teacher's answers are cached, batch-wise augmentation, channels last, the precision of the machine. K = epochs is online
-distillation. "plain loop" has nothing of ours but the networks and the images: torchvision's transforms for each image
-in a DataLoader, contiguous tensors, float32, the teacher asked in every step. Same losses, optimizer, schedule, epochs,
-initial weights by seed. After each epoch the validation images are scored, at the end the test images.
+distillation. The last K is run in float32, too. "plain loop" has nothing of ours but the networks and the images:
+torchvision's transforms for each image in a DataLoader, contiguous tensors, float32, the teacher asked in every step.
+Same losses, optimizer, schedule, epochs, initial weights by seed. After each epoch the validation images are scored, at
+the end the test images.
 
 Every (path, seed) is a process of its own with one thread; as many run at a time as there are cores.
 """
@@ -38,6 +39,7 @@ from distill import build, fit
 from distill.measure import accuracy, predict
 
 PLAIN = "plain loop"
+FLOAT32 = " views, float32"
 
 
 def fast(cfg, data, teacher, views: int) -> tuple[nn.Module, list[float]]:
@@ -90,6 +92,7 @@ def score(net: nn.Module, loader) -> float:
 def measure(words: list[str], rows: int, path: str, seed: int) -> dict:
     """One path with one seed, in this process."""
     torch.set_num_threads(1)
+    words = [*words, "trainer.precision=32-true"] if path.endswith(FLOAT32) else words
     with redirect_stdout(sys.stderr):
         cfg, data, teacher = setting([*words, f"seed={seed}", "cache.seed=0"], None)
         data = replace(data, train=first(data.train, rows), val=first(data.val, rows))
@@ -167,9 +170,10 @@ def main() -> None:
         print(f"{one[0]}, seed {one[1]}: {runs[-1]['test']:.2%} of the test images", flush=True)
 
     # the online run first: the views that it asks about are those of all
-    paths = [*(f"{views} views" for views in sorted({*options.views, options.epochs}, reverse=True)), PLAIN]
+    paths = [f"{views} views" for views in sorted({*options.views, options.epochs}, reverse=True)]
+    again = [f"{options.views[-1]} views", f"{options.views[-1]}{FLOAT32}", PLAIN]
+    paths += again[1:]
     with ThreadPoolExecutor(options.jobs) as pool:
-        again = (f"{options.views[-1]} views", PLAIN)
         list(pool.map(job, [(p, seed) for seed in range(options.seeds) for p in paths if seed == 0 or p in again]))
     runs.sort(key=lambda run: (paths.index(run["path"]), run["seed"]))
     found = summary(runs, options.epochs)
