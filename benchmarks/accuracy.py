@@ -17,12 +17,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from csv import DictReader
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,9 +32,10 @@ from torchvision.transforms import v2
 
 from benchmarks.data import SHIFTED, TO_FLOAT, PerSample
 from benchmarks.epochs import first, setting
-from benchmarks.paired import record
+from benchmarks.paired import in_own_process, record
 from distill import build, fit
-from distill.measure import accuracy, predict
+from distill.measure import accuracy_on
+from distill.runs import curves
 
 PLAIN = "plain loop"
 FLOAT32 = " views, float32"
@@ -49,8 +48,7 @@ def fast(cfg, data, teacher, views: int) -> tuple[nn.Module, list[float]]:
     losses = {name: build.plain(cfg.loss[name]) for name in ("ce", "kd")}
     with tempfile.TemporaryDirectory() as folder:
         fit.fit(cfg, student, teacher, losses, data, Path(folder), cfg.trainer.max_epochs, cfg.optimizer.lr)
-        with open(next(Path(folder).rglob("metrics.csv")), newline="") as file:
-            scores = [float(row["val/accuracy"]) for row in DictReader(file) if row["val/accuracy"]]
+        scores = curves(folder)["val/accuracy"].tolist()
     return student.plain(), scores
 
 
@@ -77,16 +75,9 @@ def plain(cfg, data, teacher) -> tuple[nn.Module, list[float]]:
             loss.backward()
             optimizer.step()
             schedule.step()
-        scores.append(score(student, data.val_loader()))
-    return student, scores
-
-
-def score(net: nn.Module, loader) -> float:
-    """The share of the images that `net` classifies rightly."""
-    net.eval()
-    logits, labels, _ = predict({"net": net}, loader)
-    net.train()
-    return accuracy(logits["net"], labels)
+        scores.append(accuracy_on(student.eval(), data.val_loader()))
+        student.train()
+    return student.eval(), scores
 
 
 def measure(words: list[str], rows: int, path: str, seed: int) -> dict:
@@ -100,7 +91,7 @@ def measure(words: list[str], rows: int, path: str, seed: int) -> dict:
             net, scores = plain(cfg, data, teacher)
         else:
             net, scores = fast(cfg, data, teacher, int(path.split()[0]))
-        return {"path": path, "seed": seed, "validation": scores, "test": score(net, data.test_loader())}
+        return {"path": path, "seed": seed, "validation": scores, "test": accuracy_on(net, data.test_loader())}
 
 
 def reached(scores: list[float], wanted: float) -> int | None:
@@ -161,12 +152,8 @@ def main() -> None:
     runs: list[dict] = []
 
     def job(one: tuple[str, int]) -> None:
-        command = [sys.executable, "-m", "benchmarks.accuracy", *options.words, "--rows", str(options.rows)]
-        command += ["--epochs", str(options.epochs), "--one", json.dumps(one)]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        words = [*options.words, "--rows", str(options.rows), "--epochs", str(options.epochs)]
+        runs.append(in_own_process("benchmarks.accuracy", *words, "--one", json.dumps(one), OMP_NUM_THREADS="1"))
         print(f"{one[0]}, seed {one[1]}: {runs[-1]['test']:.2%} of the test images", flush=True)
 
     # the online run first: the views that it asks about are those of all

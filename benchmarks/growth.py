@@ -9,12 +9,10 @@ from a full cache takes turns with an epoch of the student alone, on made images
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.paired import in_turns, ratio, record
+from benchmarks.paired import in_own_process, in_turns, ratio, record
 
 START = {"rows": 4000, "classes": 10, "batch": 64}
 FACTORS = (1, 2, 4, 8)
@@ -55,9 +53,8 @@ def main() -> None:
     settings = [setting for number, setting in enumerate(settings) if setting not in settings[:number]]
     found = []
     for setting in settings:
-        command = [sys.executable, "-m", "benchmarks.growth", "--rounds", str(options.rounds)]
-        done = subprocess.run([*command, "--one", json.dumps(setting)], check=True, capture_output=True, text=True)
-        found.append({**setting, **json.loads(done.stdout.splitlines()[-1])})
+        words = ["--rounds", str(options.rounds), "--one", json.dumps(setting)]
+        found.append({**setting, **in_own_process("benchmarks.growth", *words)})
         print("  ".join(f"{name} {value:.4g}" for name, value in found[-1].items()), flush=True)
     record("benchmarks.growth", options.json, settings=found)
 

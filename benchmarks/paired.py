@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -26,6 +27,13 @@ def in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict
                 found[name].append(value)
                 print(f"  round {turn}/{rounds} {name}: {value:.3f}", flush=True)
     return found
+
+
+def in_own_process(module: str, *words: str, **environment: str):
+    """What `python -m module words` prints as JSON in its last line."""
+    command, env = [sys.executable, "-m", module, *words], os.environ | environment
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ratio(found: Mapping[str, list[float]], name: str, other: str) -> float:

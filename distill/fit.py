@@ -27,6 +27,7 @@ from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.files import atomic, content_key
 from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
+from distill.measure import agreement
 from distill.module import Distill
 from distill.network import Network
 from distill.precision import precision, teaching
@@ -175,7 +176,7 @@ def frozen(cfg: DictConfig, network: nn.Module, data: Data) -> Frozen:
 def _in_int8(data: Data, net: nn.Module) -> nn.Module:
     small = static_int8(net, data=data)
     images = calibration(data, 512, "teacher.precision=int8: images")
-    same = (answers(small, images).argmax(1) == answers(net, images).argmax(1)).double().mean().item()
+    same = agreement(answers(small, images), answers(net, images))
     say(f"  teacher.precision=int8: the same class as in float32 for {same:.1%} of {sum(map(len, images))} images")
     return small
 

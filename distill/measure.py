@@ -57,6 +57,12 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
+def accuracy_on(net: nn.Module, loader: Iterable[Batch]) -> float:
+    """The share of the images of `loader` that `net`, images to logits, classifies rightly."""
+    logits, labels, _ = predict({"net": net}, loader)
+    return accuracy(logits["net"], labels)
+
+
 def logit_delta(a: Tensor, b: Tensor) -> float:
     """max |a - b| over all images and classes, in logits."""
     return (a - b).abs().max().item()

@@ -24,7 +24,7 @@ def precision(asked: str | int, accelerator: str, network: nn.Module) -> str:
         accelerator: trainer.accelerator: "auto", "cpu", "gpu" …
     """
     if asked != "auto":
-        return SHORT.get(str(asked), str(asked))
+        return _in_full(asked)
     layers = [*network.modules()]
     if on_cpu(accelerator):
         slow = any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in layers)
@@ -46,10 +46,10 @@ def teaching(asked: str | int, trainer: Mapping, network: nn.Module) -> str:
     Raises:
         UsageError: an unknown precision, int8 on a GPU, or another number format than the trainer converts all to.
     """
-    whole = SHORT.get(str(trainer["precision"]), str(trainer["precision"]))
+    whole = _in_full(trainer["precision"])
     if asked == "auto":
         return precision(whole, trainer["accelerator"], network)
-    chosen = SHORT.get(str(asked), str(asked))
+    chosen = _in_full(asked)
     if chosen not in TEACHING:
         raise UsageError(f"teacher.precision={asked}: choose one of {', '.join(TEACHING)}")
     if whole.endswith("-true") and whole != "32-true":
@@ -57,6 +57,10 @@ def teaching(asked: str | int, trainer: Mapping, network: nn.Module) -> str:
     if chosen == "int8" and not on_cpu(trainer["accelerator"]):
         raise UsageError("teacher.precision=int8 computes on a CPU: choose bf16-mixed, or trainer.accelerator=cpu")
     return chosen
+
+
+def _in_full(asked: str | int) -> str:
+    return SHORT.get(str(asked), str(asked))
 
 
 def on_cpu(accelerator: str) -> bool:

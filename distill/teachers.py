@@ -81,18 +81,22 @@ class Frozen(Teacher):
     # no_grad, not inference_mode: an inference tensor saved for the backward of a loss fails
     @torch.no_grad()
     def forward(self, batch: Batch) -> Outputs:
-        if self.network.recording and self.precision == "int8":
+        if self.network.recording:
+            return self._looked_into(batch.images)
+        if len(self._outside_the_tree) == 1:
+            with _autocast(batch.images, None):
+                self._outside_the_tree.append(self._quick(batch.images))
+        with _autocast(batch.images, self.precision):
+            return Outputs(self._outside_the_tree[1](batch.images), self.network.tensors())
+
+    def _looked_into(self, images: Tensor) -> Outputs:
+        if self.precision == "int8":
             raise UserError(
                 "teacher.precision=int8 answers with logits only, and a loss reads the teacher's features: choose "
                 "another precision"
             )
-        if not self.network.recording and len(self._outside_the_tree) == 1:
-            with _autocast(batch.images, None):
-                self._outside_the_tree.append(self._quick(batch.images))
-        with _autocast(batch.images, self.precision):
-            if self.network.recording:
-                return self.network(batch.images)
-            return Outputs(self._outside_the_tree[1](batch.images), self.network.tensors())
+        with _autocast(images, self.precision):
+            return self.network(images)
 
     def _quick(self, images: Tensor) -> nn.Module:
         """The copy that answers without features; an unchanged one where the faster does not answer alike."""

@@ -25,10 +25,10 @@ from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.export.serve import serve
 from distill.files import atomic, content_key
-from distill.measure import accuracy, latency, predict
+from distill.measure import accuracy_on, latency
 from distill.progress import say
 from distill.sizes import parse_bytes
-from distill.teachers import tensors_hash
+from distill.teachers import content_hash
 
 RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # what measures a flow
 QUANTIZERS = {
@@ -105,8 +105,7 @@ def auto(
         return _quantized(narrow[candidate.ratio], candidate.quantizer, train, data, flow)
 
     options = [limit, latency_ms, accuracy_drop, list(ratios), list(quantizers), epochs, lr]
-    start = tensors_hash(net.state_dict().items())
-    key = content_key({"flow": flow, "start": start, "images": data.fingerprint, "options": options})
+    key = content_key({"flow": flow, "start": content_hash(net), "images": data.fingerprint, "options": options})
     folder = getattr(finetune, "folder", None)
     kept = None if folder is None else folder / "compress" / f"auto-{flow}.json"
     found, chosen = _recall(kept, key)
@@ -118,7 +117,7 @@ def auto(
         bare = _pruned(net, data, ratio, None, 0, lr)
         if bare is not None:
             found += _measured(bare, ratio, quantizers, data, flow)
-    wanted = _accuracy(net, data)
+    wanted = accuracy_on(net, data.val_loader())
     small_enough = [
         candidate
         for candidate in sorted(found, key=lambda each: (each.bytes, each.quantizer == "qat_int8"))
@@ -126,7 +125,7 @@ def auto(
     ]
     for candidate in small_enough:
         result = made(candidate)
-        drop = wanted - _accuracy(result, data)
+        drop = wanted - accuracy_on(result, data.val_loader())
         found[found.index(candidate)] = candidate = replace(candidate, drop=drop)
         say(f"  auto: {candidate}: {drop:+.2%} of validation accuracy lost")
         if drop <= accuracy_drop:
@@ -232,12 +231,6 @@ def _named(finetune: Callable | None, candidate: Candidate) -> Callable | None:
         return finetune(net, f"auto-{candidate.ratio}-{name}", **options)
 
     return train
-
-
-@torch.no_grad()
-def _accuracy(net: nn.Module, data: Data) -> float:
-    logits, labels, _ = predict({"net": net}, data.val_loader())
-    return accuracy(logits["net"], labels)
 
 
 def _miss(found: Sequence[Candidate], limit: int | None, latency_ms: float | None, drop: float, flow: str) -> str:

@@ -36,6 +36,11 @@ def calibration(data: Data, images: int, option: str, seed: int = 0) -> list[Ten
     return [split[part, torch.zeros_like(part)].images for part in rows.split(BATCH)]
 
 
+def noise(data: Data) -> Tensor:
+    """(2, 3, S, S) in [0, 1], always the same: for what needs the size of the images, not images."""
+    return torch.rand(2, 3, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 def answers(net: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     """Logits (N, K) of all images; a network prepared by distill/compress/flows.py observes them."""

@@ -9,12 +9,12 @@ from torch import fx, nn
 from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 
 from distill.compress.dynamic_int8 import Int8Conv2d
+from distill.compress.flows import CONV
 from distill.compress.weight_only_int8 import Int8Linear
 
 INT8 = ("static int8", "dynamic int8", "weight-only int8")
 HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 TREATMENTS = (*INT8, *HALF.values(), "float")
-CONV = torch.ops.aten.conv2d.default
 CHOOSE = "quantized_decomposed.choose_qparams"  # the range of an activation, at run time
 
 

@@ -23,6 +23,7 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from torch.fx.experimental.optimization import fuse
 
 from distill.compress import flows
+from distill.compress.calibrate import noise
 from distill.errors import UserError
 
 CONV = ("weight_only", "float")
@@ -96,8 +97,7 @@ def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, 
             if type(module) is nn.Conv2d and module.padding_mode == "zeros":
                 net.set_submodule(name, Int8Conv2d(module))
     if flow != "fx":
-        example = torch.rand(2, 3, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0))
-        return flows.dynamic(net, example, flow, conv=stores and flow == "xnnpack")
+        return flows.dynamic(net, noise(data), flow, conv=stores and flow == "xnnpack")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization is to move to torchao
         warnings.filterwarnings("ignore", message=".*(reduce_range|quantize_per_channel)")

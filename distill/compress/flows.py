@@ -31,7 +31,7 @@ OBSERVERS = ("histogram", "minmax", "moving_average")
 BATCH_NORM, DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
 CLAMPS = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)  # ReLU6
 TRAINING = {BATCH_NORM: 5, DROPOUT: 2}  # which argument of the op says that it trains
-LINEAR = torch.ops.aten.linear.default
+LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
 ELEMENTWISE = tuple(getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div"))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
+from distill.compress.calibrate import noise
 from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
 from distill.measure import macs as count_macs
@@ -67,7 +68,7 @@ def prune(
             f"round_to={round_to} at least 1, epochs={epochs} at least 0"
         )
     train = tuning("prune", finetune, epochs, lr)
-    example = torch.rand(2, 3, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0))
+    example = noise(data)
     whole = unprunable(net, example)
 
     def pruned(ratio: float) -> nn.Module:

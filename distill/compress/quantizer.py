@@ -1,11 +1,10 @@
 """Which layers compute in dynamic int8, as torchao's PT2E asks for it; imported where torchao is needed."""
 
-import torch
 from torch import fx
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationConfig, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
+from distill.compress.flows import CONV, LINEAR
 
 
 class Dynamic(Quantizer):
