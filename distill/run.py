@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -40,6 +41,7 @@ FREE = (
 )
 STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
 OURS = "distill.models."  # what a student's file may name without being trusted
+PATIENCE = 10  # seconds: a killed run's loader processes notice within five, and hold its lock until then
 STARTING_POINT = ("checkpoint", "weights", "pretrained")  # what training began with is not needed any more
 
 
@@ -114,9 +116,35 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
     Raises:
         UsageError: the folder holds a run of another configuration.
+        UserError: another process is at work in it.
     """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with _alone_in(folder):
+        run = _opened(folder, cfg)
+        run.write(status="running", seed=run.cfg.seed, stages=list(run.cfg.stages), error=None)
+        try:
+            yield run
+        except BaseException as error:
+            run.write(status="failed", error=" ".join(str(error).split()) or type(error).__name__, ended=_now())
+            raise
+        run.write(status="done", ended=_now())
+
+
+def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
+    """The folder's lock, which ends with its process however that ends; of several that train together one holds it."""
+    if not leads():
+        return contextlib.nullcontext()
+    lock = FileLock(folder / ".lock", timeout=PATIENCE)
+    try:
+        return lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work in {folder}: wait for it or end it, or start a new run (another name=)"
+        ) from None
+
+
+def _opened(folder: Path, cfg: DictConfig) -> Run:
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
     words = list(hydra.overrides.task)
     choices = {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")}
     record = {
@@ -134,25 +162,21 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             again = {word.partition("=")[0] for word in words}
             words = [*(word for word in record["overrides"] if re.split("[.=]", word)[0] not in again), *words]
             cfg = compose("train", words)
-        _refuse_change(folder, OmegaConf.load(folder / "config.yaml"), cfg)
+        _refuse_change(folder, record["overrides"], cfg)
         record["overrides"] = words
     with open_dict(cfg):
         cfg.name, cfg.run = folder.name, None
-    run = Run(folder, cfg, record)
     if leads():
         with atomic(folder / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    run.write(status="running", seed=cfg.seed, stages=list(cfg.stages), error=None)
-    try:
-        yield run
-    except BaseException as error:
-        run.write(status="failed", error=" ".join(str(error).split()) or type(error).__name__, ended=_now())
-        raise
-    run.write(status="done", ended=_now())
+    return Run(folder, cfg, record)
 
 
-def _refuse_change(folder: Path, old: DictConfig, new: DictConfig) -> None:
-    old, new = (OmegaConf.to_container(cfg, resolve=True) for cfg in (old, new))
+def _refuse_change(folder: Path, words: list[str], new: DictConfig) -> None:
+    """Options that came into being after the run was made have the values that its `words` give them now."""
+    plain = [OmegaConf.to_container(cfg, resolve=True) for cfg in (compose("train", words), new)]
+    old = OmegaConf.to_container(OmegaConf.merge(plain[0], OmegaConf.load(folder / "config.yaml")))
+    new = plain[1]
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     if changed:
         raise UsageError(

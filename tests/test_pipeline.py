@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import QUICK
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 import distill
-from distill import runs
+from distill import run, runs
 from distill.data.digits import digits
 from distill.errors import UserError
 from distill.export.torchscript import read_metadata
@@ -127,6 +128,27 @@ def test_a_finished_run_is_not_continued_with_another_configuration(train, folde
     assert train(f"run={folder}", "loss.kd.temperature=2", cwd=folder.parent.parent) == 2
     assert "another configuration (loss differ" in capfd.readouterr().err
     assert OmegaConf.load(folder / "config.yaml").loss.kd.temperature == 4
+
+
+def test_a_run_older_than_an_option_goes_on_with_what_the_option_is_by_default(train, folder, capfd):
+    copy = folder.with_name("older")
+    shutil.copytree(folder, copy)
+    cfg = OmegaConf.load(copy / "config.yaml")
+    del cfg.teacher.precision
+    OmegaConf.save(cfg, copy / "config.yaml")
+    assert train(f"run={copy}", "stages=[report]", "teacher.precision=bf16-mixed", cwd=folder.parent.parent) == 2
+    assert "another configuration (teacher differ" in capfd.readouterr().err
+    assert train(f"run={copy}", "stages=[report]", cwd=folder.parent.parent) == 0
+    assert OmegaConf.load(copy / "config.yaml").teacher.precision == "auto"
+
+
+def test_a_run_that_another_process_is_at_work_in_is_left_alone(train, folder, capfd, monkeypatch):
+    monkeypatch.setattr(run, "PATIENCE", 0.1)
+    before = (folder / "run.json").read_text()
+    with FileLock(folder / ".lock"):
+        assert train(f"run={folder}", "stages=[report]", cwd=folder.parent.parent) == 1
+    assert "another process is at work in" in capfd.readouterr().err
+    assert (folder / "run.json").read_text() == before
 
 
 def test_a_file_that_is_not_its_source_fails_the_run_and_stays(train, folder, capfd):

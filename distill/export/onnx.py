@@ -49,8 +49,12 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             )
         except Exception as error:  # its own exceptions are private
             raise graph.refuse(error, program, "ONNX") from error
-    for node in written.model.graph.all_nodes():  # where each came from in Python: a tenth of a small file
+    outputs = set(written.model.graph.outputs)
+    for number, node in enumerate(written.model.graph.all_nodes()):  # where each came from, a tenth of a small file
         node.metadata_props.clear()
+        node.name = str(number)  # long names, given twice or more to each: a thirtieth of it
+        for place, value in enumerate(node.outputs):
+            value.name = value.name if value in outputs else f"{number}.{place}"
     written.model.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
     file = written.model_proto
