@@ -172,7 +172,8 @@ def _prepare_fx(net, example, flow, qat, skip, observer) -> nn.Module:
     mapping = ao.get_default_qat_qconfig_mapping("x86") if qat else ao.get_default_qconfig_mapping("x86")
     default = mapping.global_qconfig
     if not qat:
-        # 7 bits: the 8-bit kernels of processors without VNNI add pairs of products in 16 bits
+        # 7 bits: 8-bit kernels for x86 add pairs of products in 16 bits, all of them on processors without VNNI and
+        # those for depthwise convolutions on the others, too
         activation = _observers(ao)[observer].with_args(dtype=torch.quint8, reduce_range=True)
         mapping.set_global(ao.QConfig(activation=activation, weight=default.weight))
         for kind, config in list(mapping.object_type_qconfigs.items()):
