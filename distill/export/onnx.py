@@ -52,9 +52,9 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     outputs = set(written.model.graph.outputs)
     for number, node in enumerate(written.model.graph.all_nodes()):  # where each came from, a tenth of a small file
         node.metadata_props.clear()
-        node.name = str(number)  # long names, given twice or more to each: a thirtieth of it
+        node.name = f"n{number}"  # its long names, which stand in it two and three times: a thirtieth
         for place, value in enumerate(node.outputs):
-            value.name = value.name if value in outputs else f"{number}.{place}"
+            value.name = value.name if value in outputs else f"n{number}_{place}"
     written.model.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
     file = written.model_proto
