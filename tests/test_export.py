@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
+from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.errors import UserError
 from distill.export.torchscript import export, read_metadata, reload
@@ -95,6 +96,21 @@ def test_run_answers_from_the_file_and_from_nothing_else(tmp_path):
     assert [file.path for file in reload(tmp_path / "net")] == [file.path for file in artifacts]
     (tmp_path / "net.ptl").unlink()
     assert [file.format for file in reload(tmp_path / "net")] == ["torchscript"]
+
+
+def static(net, images):
+    prepared = flows.prepare(net, images, "fx")
+    prepared(images)
+    return flows.convert(prepared, "fx")
+
+
+@pytest.mark.parametrize("quantize", [static, lambda net, images: dynamic_int8(net)], ids=["static", "dynamic"])
+def test_int8_weights_stand_in_a_file_once(tmp_path, quantize):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 49, 512)).eval()
+    images = torch.rand(2, 3, 16, 16)
+    weights = sum(layer.weight.numel() for layer in net if hasattr(layer, "weight"))
+    for artifact in export(quantize(net, images), images, tmp_path / "net", {}):
+        assert weights < artifact.path.stat().st_size < 1.2 * weights
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ptl"])

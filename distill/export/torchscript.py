@@ -43,7 +43,9 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         note = ""
         kinds = stored(net)
         if "weight-only int8" not in kinds:  # freezing would write such weights out as float
-            script = lite = torch.jit.freeze(traced)
+            script = torch.jit.freeze(traced)
+        if "static int8" not in kinds and "dynamic int8" not in kinds:  # a frozen lite file holds packed weights twice
+            lite = script
         if set(kinds) == {"float"}:
             if xnnpack.enabled:
                 lite = optimize_for_mobile(traced)
