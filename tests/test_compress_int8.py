@@ -181,6 +181,32 @@ def test_the_chain_hands_everything_to_each_step():
     assert compress.chain({"a": step, "b": step}, [], 1, 2, "onnx") == [(2, 1, "onnx")] * 2
 
 
+class Halves(nn.Module):
+    """Every second pixel, twice over: once more than it takes to be rounded in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        return self.second(self.first(images)[..., ::2, ::2]).mean((2, 3))
+
+
+def test_for_xnnpack_slices_are_of_int8_numbers(data):
+    torch.manual_seed(0)
+    net = Halves().eval()
+    batches = calibration(data, 32, "images")
+    prepared = prepare(net, batches[0][:2], "xnnpack")
+    for batch in batches:
+        prepared(batch)
+    small = flows.convert(prepared, "xnnpack")
+    as_it_was = flows._convert_pt2e(copy.deepcopy(prepared).eval().graph)
+    sliced = [node.args[0].target for node in small.graph.find_nodes(op="call_function", target=flows.SLICE)]
+    assert len(sliced) == 2 and flows.DEQUANTIZE not in sliced
+    assert len(small.graph.nodes) < len(as_it_was.graph.nodes)
+    torch.testing.assert_close(small(batches[0]), as_it_was(batches[0]), rtol=0, atol=0)
+
+
 def test_for_onnx_nothing_is_rounded_between_a_convolution_and_its_relu6():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
