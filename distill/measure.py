@@ -19,7 +19,10 @@ Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N
 Timer = Callable[[Tensor], float]  # images -> milliseconds of one answer
 
 ECE_BINS = 15
-WARM_UP = 5  # runs: TorchScript specialises its graph during the first ones
+BURST = 10  # runs in a turn
+COLD = 5  # the first of them, not counted: they find the processor's memory as another model left it
+TURNS = 4  # at least
+WARM_UP = 1  # turns: TorchScript specialises its graph during the first runs
 
 
 @torch.no_grad()
@@ -150,9 +153,9 @@ def timed(model: Model) -> Timer:
 def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
     """Milliseconds for one image on one thread: {name: {"latency_ms": median, "latency_p95_ms": …}}.
 
-    The models take turns (A B A B …), also those in other processes, so that a busy moment of the machine hits all of
-    them alike. About `seconds` a model after the warm-up, and at least 20 runs each. A timer that raises UserError is
-    left out of the answer.
+    The models take turns of BURST runs (A A A … B B B … A A A …), also those in other processes, so that a busy moment
+    of the machine hits all of them alike, while each is measured as where one image follows the other. About `seconds`
+    a model after the warm-up, and at least TURNS turns each. A timer that raises UserError is left out of the answer.
     """
     image = example[:1].contiguous()
     threads = torch.get_num_threads()
@@ -160,17 +163,17 @@ def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) 
     try:
         times: dict[str, list[float]] = {name: [] for name in timers}
         end, rounds = None, -WARM_UP
-        while rounds < 20 or time.perf_counter() < end:
+        while rounds < TURNS or time.perf_counter() < end:
             if rounds == 0:
                 end = time.perf_counter() + seconds * len(timers)
             for name in list(times):
                 try:
-                    milliseconds = timers[name](image)
+                    burst = [timers[name](image) for _ in range(BURST)]
                 except UserError:
                     del times[name]
                     continue
                 if rounds >= 0:
-                    times[name].append(milliseconds)
+                    times[name] += burst[COLD:]
             rounds += 1
     finally:
         torch.set_num_threads(threads)
