@@ -174,9 +174,8 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
 
 def _refuse_change(folder: Path, words: list[str], new: DictConfig) -> None:
     """Options that came into being after the run was made have the values that its `words` give them now."""
-    plain = [OmegaConf.to_container(cfg, resolve=True) for cfg in (compose("train", words), new)]
-    old = OmegaConf.to_container(OmegaConf.merge(plain[0], OmegaConf.load(folder / "config.yaml")))
-    new = plain[1]
+    known, new = (OmegaConf.to_container(cfg, resolve=True) for cfg in (compose("train", words), new))
+    old = OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(folder / "config.yaml")))
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     if changed:
         raise UsageError(

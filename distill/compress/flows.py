@@ -235,13 +235,14 @@ def _sliced_in_int8(graph: fx.GraphModule) -> fx.GraphModule:
     its time). ONNX Runtime does this itself."""
     for node in graph.graph.find_nodes(op="call_function", target=SLICE):
         source = node.args[0]
-        if source.target is DEQUANTIZE:
-            rounded = [user for user in node.users if user.target is QUANTIZE and user.args[1:] == source.args[1:]]
-            if len(rounded) == len(node.users):
-                node.replace_input_with(source, source.args[0])
-                for user in rounded:
-                    user.replace_all_uses_with(node)
-                    graph.graph.erase_node(user)
+        rounded = list(node.users)
+        if source.target is DEQUANTIZE and all(
+            (to.target, to.args[1:]) == (QUANTIZE, source.args[1:]) for to in rounded
+        ):
+            node.replace_input_with(source, source.args[0])
+            for user in rounded:
+                user.replace_all_uses_with(node)
+                graph.graph.erase_node(user)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -34,16 +34,12 @@ def fake(
     patterns = torch.rand(num_classes, 3, 4, 4, generator=generator)
     patterns = interpolate(patterns, size=(image_size, image_size), mode="bilinear")
     labels = torch.cat([torch.arange(size) % num_classes for size in sizes])
-    images = [
-        torch.randn(len(part), 3, image_size, image_size, generator=generator)
-        .mul_(0.3)
-        .add_(patterns[part])
-        .clamp_(0, 1)
-        .mul_(255)
-        .byte()
-        for part in labels.split(1024)  # so that memory grows by the images' own bytes
-    ]
-    images = torch.cat(images)
+
+    def made(labels: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
+        return (patterns[labels] + 0.3 * noise).clamp(0, 1).mul(255).byte()
+
+    images = torch.cat([made(part) for part in labels.split(1024)])  # so that memory grows by the images' own bytes
     classes = [f"class{label}" for label in range(num_classes)]
     splits = zip(images.split(sizes), labels.split(sizes), strict=True)
     return from_arrays(classes, *splits, augment, batch_size, num_workers)

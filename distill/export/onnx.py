@@ -54,7 +54,8 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         node.metadata_props.clear()
         node.name = f"n{number}"  # its long names, which stand in it two and three times: a thirtieth
         for place, value in enumerate(node.outputs):
-            value.name = value.name if value in outputs else f"n{number}_{place}"
+            if value not in outputs:
+                value.name = f"n{number}_{place}"
     written.model.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
     file = written.model_proto

@@ -39,13 +39,11 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     extra = {METADATA: json.dumps(describe(example, metadata), ensure_ascii=False)}
     script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
     with _no_deprecations(), torch.no_grad():
-        traced = script = lite = _trace(net, example)
-        note = ""
-        kinds = stored(net)
-        if "weight-only int8" not in kinds:  # freezing would write such weights out as float
-            script = torch.jit.freeze(traced)
-        if "static int8" not in kinds and "dynamic int8" not in kinds:  # a frozen lite file holds packed weights twice
-            lite = script
+        traced, kinds, note = _trace(net, example), stored(net), ""
+        # freezing would write weights that are only stored in int8 out as float
+        script = traced if "weight-only int8" in kinds else torch.jit.freeze(traced)
+        # and a frozen lite file holds twice those that are packed to compute in int8
+        lite = traced if {"static int8", "dynamic int8"} & kinds.keys() else script
         if set(kinds) == {"float"}:
             if xnnpack.enabled:
                 lite = optimize_for_mobile(traced)
