@@ -1,7 +1,10 @@
 """Where the configuration lives, and what Hydra doesn't check by itself. Never imports torch."""
 
 import difflib
+import itertools
 import sys
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -18,26 +21,52 @@ STAGES = ["teacher", "cache", "distill", "compress", "export", "report"]
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
-    argv = sys.argv if argv is None else argv
-    folders = [PATH]
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag in ("--config-dir", "-cd"):
-            folders.append(value)
-        elif flag.startswith("--config-dir="):
-            folders.append(flag.partition("=")[2])
+    folders = [PATH, *config_dirs(argv)]
     for file in sorted(file for folder in folders for file in Path(folder, "network").glob("*.yaml")):
         for role in ("teacher", "student"):
             defaults = [{"/role@_here_": role}, {"/network@_here_": file.stem}, "_self_"]
             ConfigStore.instance().store(group=role, name=file.stem, node={"defaults": defaults})
 
 
+def config_dirs(argv: list[str] | None = None) -> list[str]:
+    """The folders of the user's own configuration that the command line names."""
+    argv = sys.argv if argv is None else argv
+    folders = []
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(value)
+        elif flag.startswith("--config-dir="):
+            folders.append(flag.partition("=")[2])
+    return folders
+
+
 def run_dir(run: str | None, new: str) -> str:
-    """The folder of the run to continue, or of the new one. Hydra makes it, so a wrong one is refused first."""
-    if run is None:
-        return new
-    if not Path(run, "run.json").is_file():
-        raise UsageError(f"run={run} is not the folder of a run (no run.json in it)")
-    return run
+    """The folder of the run to continue, or of the new one: outputs/NAME. Hydra makes it, so a wrong one is refused
+    first; where no name is given and another run began in the same second, the new one gets a number behind its name.
+
+    Raises:
+        UsageError: `run` is no run's folder; a name that is none, or leads out of outputs/.
+    """
+    if run is not None:
+        if not Path(run, "run.json").is_file():
+            raise UsageError(f"run={run} is not the folder of a run (no run.json in it)")
+        return run
+    name = new.partition("/")[2]
+    if not name or any(part in ("", ".", "..") or not part.isprintable() for part in name.split("/")):
+        raise UsageError(f"name={name!r}: expected the name of a folder in outputs/, such as name=first")
+    given = any(word.startswith("name=") for word in sys.argv[1:])
+    return new if given else _unused(new)
+
+
+@cache
+def _unused(folder: str) -> str:
+    """`folder`, made; where it is there already the first of folder-2, folder-3 … that isn't. Once a process."""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        made = folder if number == 1 else f"{folder}-{number}"
+        with suppress(FileExistsError):
+            Path(made).mkdir()
+            return made
 
 
 def is_group(override: str, choices) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files of others: read without running anything, and no more than expected."""
 
 import hashlib
 import json
@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
+
+from distill.errors import UserError
+
+MOST = 1_000_000  # bytes of a record of ours (run.json, config.yaml, fit.json); they have a few thousand
 
 
 @contextmanager
@@ -35,3 +41,52 @@ def file_stamp(path: Path, name: str) -> bytes:
     """A line that changes when the file does: what it is called, its bytes and time of change."""
     stat = os.stat(path)
     return os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
+
+
+def read_json(path: Path, most: int = 50 * MOST) -> dict:
+    """The JSON object in a file.
+
+    Args:
+        most: bytes that are read; a longer file is none of ours.
+
+    Raises:
+        UserError: it is missing, too long, or no JSON object.
+    """
+    return _object(path, most, json.loads, "JSON")
+
+
+def read_yaml(path: Path) -> dict:
+    """The YAML mapping in a file: plain values only, without tags, anchors and aliases (a few aliases of aliases are
+    gigabytes).
+
+    Raises:
+        UserError: it is missing, too long, or no such mapping.
+    """
+    return _object(path, MOST // 4, lambda text: yaml.load(text, Loader=_PlainLoader), "YAML")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values, each written out where it stands."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.events.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError("anchors and aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def _object(path: Path, most: int, parse, kind: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"it is longer than {most:,} characters")
+        found = parse(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged, or not one of ours ({reason[:200]}): delete it or its folder") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged, or not one of ours ({kind} of a {type(found).__name__})")
+    return found
