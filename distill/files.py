@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def content_key(described: dict) -> str:
+def content_key(described) -> str:
     """16 hex digits for plain values: the name, or part of it, of what is made from them and from nothing else."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
