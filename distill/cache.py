@@ -365,7 +365,7 @@ def open_cache(
         with suppress(OSError):  # a full disk: said when rows are written
             folder.mkdir(parents=True, exist_ok=True)
             with atomic(folder / "identity.json") as temporary:
-                temporary.write_text(json.dumps(known_by, indent=2))
+                temporary.write_text(json.dumps(known_by, indent=2), encoding="utf-8")
             if shutil.disk_usage(folder).free < views * view_bytes:
                 say(f"warning: cache: {human(shutil.disk_usage(folder).free)} are free, it may not fit")
     say(

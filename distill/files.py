@@ -19,6 +19,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded temporary path; it takes `path`'s place only when all of it is on the disk.
 
     A kill or a full disk leaves the old file as it was; a temporary file left by a kill is overwritten.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
@@ -28,6 +31,10 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

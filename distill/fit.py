@@ -99,6 +99,10 @@ def fit(
         trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
     except SystemExit as end:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt if trainer.interrupted else end from None
+    except OSError as error:  # of a log, which does not say where
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; what was written before is whole"
+        ) from error
     chosen = {
         "last": {**keep.last, "state": _copy(module.shipped.net.state_dict())},
         "best": {**keep.best, "state": read_state(checkpoints / BEST)},
@@ -311,7 +315,7 @@ def _fit_once(
             if leads():
                 decides |= {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
                 with atomic(folder / "fit.json") as temporary:
-                    temporary.write_text(json.dumps(decides, indent=2))
+                    temporary.write_text(json.dumps(decides, indent=2), encoding="utf-8")
                 save_weights(network.net, weights, {})
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return network.keep(()).eval()

@@ -110,6 +110,19 @@ class Run:
         with atomic(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(self.record, indent=2), encoding="utf-8")
 
+    def failed(self, error: BaseException) -> None:
+        """Say in run.json that it ended by `error`; on a full disk, in the place that the file has already."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        try:
+            self.write(status="failed", error=reason, ended=_now())
+        except OSError:
+            path = self.folder / "run.json"
+            with contextlib.suppress(OSError, ValueError):
+                record = json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"status": "failed"}, indent=2)
+                if len(record.encode()) <= path.stat().st_size:
+                    with open(path, "r+b") as file:
+                        file.write(record.encode().ljust(path.stat().st_size))
+
 
 @contextlib.contextmanager
 def open_run(cfg: DictConfig) -> Iterator[Run]:
@@ -131,7 +144,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         try:
             yield run
         except BaseException as error:
-            run.write(status="failed", error=" ".join(str(error).split()) or type(error).__name__, ended=_now())
+            run.failed(error)
             raise
         run.write(status="done", ended=_now())
 

@@ -201,7 +201,9 @@ def _names(classes: Sequence[str] | str | None, highest: int) -> list[str]:
         return [str(label) for label in range(highest + 1)]
     if isinstance(classes, str):
         try:
-            classes = [line for line in Path(classes).expanduser().read_text().splitlines() if line.strip()]
+            classes = [
+                line for line in Path(classes).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.classes: cannot read {classes} ({error})") from None
     if highest >= len(classes):
