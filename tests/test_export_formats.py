@@ -18,7 +18,7 @@ from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.fake import fake
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 from distill.export import deploy, executorch, onnx, torch_export, torchscript
 from distill.export.serve import serve
 from distill.network import Network
@@ -245,6 +245,108 @@ def test_an_unknown_operator_is_named_with_its_layer(tmp_path, name):
     net = nn.Sequential(nn.Identity(), Unknown()).eval()
     with pytest.raises(UserError, match=r"does not know the operator .*bessel_j0.* \(layer 1, Unknown\)"):
         EXPORTERS[name].export(net, torch.rand(2, 3, 4, 4), tmp_path / "net", {})
+    assert not list(tmp_path.iterdir())
+
+
+class Volume(nn.Module):
+    """A convolution that ExecuTorch's runtime has, but not in three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.plane, self.volume = nn.Conv2d(3, 3, 1), nn.Conv3d(3, 4, (1, 3, 3))
+
+    def forward(self, images):
+        return self.volume(self.plane(images)[:, :, None]).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize("path", ["volume", "0.volume"])
+def test_a_file_that_does_not_run_is_not_kept_and_its_layer_is_named(tmp_path, capsys, path):
+    net = Volume().eval() if path == "volume" else nn.Sequential(Volume()).eval()
+    said = rf"^net.pte is not kept: .* a batch of 1 at the operator .*convolution.* \(layer {path}, Conv3d\)"
+    with pytest.raises(UserError, match=said):
+        executorch.export(net, torch.rand(2, 3, 8, 8), tmp_path / "net", {})
+    assert not list(tmp_path.iterdir())
+    assert "KernelCall" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize("broken", ["one batch only", "another answer", "another shape"])
+def test_a_file_that_answers_otherwise_does_not_replace_the_earlier_one(tmp_path, monkeypatch, name, broken):
+    module, net, images = EXPORTERS[name], nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval(), torch.rand(2, 3, 2, 2)
+    before = {file.path: file.path.read_bytes() for file in module.export(net, images, tmp_path / "net", {})}
+    load = "load_script" if module is torchscript else "load"
+
+    def run(images):
+        if broken == "one batch only" and len(images) != 1:
+            raise RuntimeError("batch of one expected")
+        answer = net(images)
+        return -answer if broken == "another answer" else answer[:, :1] if broken == "another shape" else answer
+
+    monkeypatch.setattr(module, load, lambda path: torch.no_grad()(run))
+    with pytest.raises(UserError, match=r"^net\.\w+ is not kept: .*batch of [13]"):
+        module.export(net, images, tmp_path / "net", {})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class Shuffle(nn.Module):
+    """Operators that return lists of tensors, as ShuffleNet's channel shuffle does."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.first, self.second, self.kind = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), kind
+
+    def forward(self, images):
+        images = self.first(images)
+        parts = {
+            "chunk": lambda: images.chunk(2, 1)[::-1],
+            "split": lambda: images.split(3, 1)[::-1],
+            "tensor_split": lambda: images.tensor_split(3, 1)[::-1],
+            "unbind": lambda: [part[:, None] for part in images.unbind(1)][::-1],
+        }[self.kind]()
+        count, channels, height, width = images.shape
+        shuffled = torch.cat(parts, 1).view(count, 2, channels // 2, height, width).transpose(1, 2)
+        return self.second(shuffled.reshape(count, channels, height, width)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["chunk", "split", "tensor_split", "unbind"])
+def test_executorch_takes_every_batch_through_operators_that_return_lists(tmp_path, kind):
+    torch.manual_seed(0)
+    net, images = Shuffle(kind).eval(), torch.rand(19, 3, 8, 8)
+    (file,) = executorch.export(net, images[:2], tmp_path / "net", {})
+    for batch in (1, 2, 7, 8, 19):
+        torch.testing.assert_close(file.run(images[:batch]), net(images[:batch]).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_onnx_is_written_in_the_opset_asked_for(network, nets, tmp_path, opset):
+    import onnx as onnx_package
+
+    images = torch.rand(7, 3, SIZE, SIZE)
+    for name, net in (("float", network.plain()), ("int8", nets["student-int8"]["onnx"])):
+        (file,) = onnx.export(net, images, tmp_path / name, {}, opset=opset)
+        assert [each.version for each in onnx_package.load(file.path).opset_import if not each.domain] == [opset]
+        bound = 0.05 * net(images).abs().max().item() if name == "int8" else 1e-4
+        torch.testing.assert_close(file.run(images), net(images).detach(), rtol=1e-4, atol=bound)
+
+
+@pytest.mark.parametrize("opset", [9, 17, 24, "new", 20.5])
+def test_another_opset_is_refused(tmp_path, opset):
+    with pytest.raises(UsageError, match=rf"export.onnx.opset={opset} .*18 to 23"):
+        onnx.export(nn.Flatten().eval(), torch.rand(2, 3, 4, 4), tmp_path / "net", {}, opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_runtime_is_quoted_with_the_layer_that_it_cannot_run(tmp_path):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, dtype=torch.bfloat16)
+
+        def forward(self, images):
+            return self.conv(images.bfloat16()).float().mean((2, 3))
+
+    with pytest.raises(UserError, match=r"net.onnx is not kept: .* at the operator Conv \(layer conv, Conv2d\)"):
+        onnx.export(Half().eval(), torch.rand(2, 3, 8, 8), tmp_path / "net", {})
     assert not list(tmp_path.iterdir())
 
 

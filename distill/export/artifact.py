@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.files import atomic
 
 MOST = 50_000_000  # bytes of a file's description of itself: the names of its classes
+BATCHES = (1, 3)  # how many images a file has to answer before it counts as written
+EXACT, ROUNDED = 1e-2, 1.0  # relative error of its logits that it may have then: a float file, and any other
 Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N, K)
 
 
@@ -79,8 +82,11 @@ def read_zipped(path: Path, ending: str, kinds: str) -> dict:
         raise UserError(f"{path} has no readable {name}: expected a {kinds} that distill exported") from error
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, proof: Callable[[Path], None] = lambda temporary: None) -> None:
     """Writes all of `data` or nothing: an earlier file stays whole when the disk is full.
+
+    Args:
+        proof: is shown the new file before it takes its place, and raises where it may not.
 
     Raises:
         UserError: the file cannot be written.
@@ -89,6 +95,56 @@ def write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             temporary.write_bytes(data)
+            proof(temporary)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {reason}; an earlier file is unchanged") from error
+
+
+def publish(
+    file: Artifact, data: bytes, net: nn.Module, example: Tensor, place: Callable[[str], str] = lambda said: ""
+) -> None:
+    """`write`, but only what runs: the new file answers one image and another batch, and not otherwise than `net`.
+
+    How near its answers are on real images is for the report to judge; here they may only not be nonsense.
+
+    Args:
+        net: what the file was made of.
+        example: images (N, C, H, W); what the file is asked about is made of them, in BATCHES.
+        place: " at the operator X (layer Y)" of what its runtime says when it fails, else "".
+
+    Raises:
+        UserError: the file cannot be written, its runtime fails, or it answers otherwise than `net`.
+    """
+    write(file.path, data, lambda temporary: _prove(file, temporary, net, example, place))
+
+
+@torch.no_grad()
+def _prove(file: Artifact, path: Path, net: nn.Module, example: Tensor, place: Callable[[str], str]) -> None:
+    from distill.compress.coverage import stored  # not what a file's own process loads
+
+    bound = EXACT if stored(net).keys() == {"float"} else ROUNDED
+    answer = None
+    for count in BATCHES:
+        images = example[torch.arange(count) % len(example)]
+        wanted = net(images)
+        try:
+            answer = answer or file.load(path)
+            found = answer(images)
+        except Exception as error:  # of whatever kind its runtime raises
+            said = str(error).replace(str(path), file.path.name)
+            line = said.strip().partition("\n")[0][:300]
+            raise UserError(
+                f"{file.path.name} is not kept: its runtime fails on a batch of {count}{place(said)}: {line}"
+            ) from error
+        if found.shape != wanted.shape:
+            raise UserError(
+                f"{file.path.name} is not kept: it answers a batch of {count} with {tuple(found.shape)} where the "
+                f"network answers {tuple(wanted.shape)}"
+            )
+        error = ((found.double() - wanted).norm() / wanted.double().norm().clamp(min=1e-12)).item()
+        if torch.isfinite(wanted).all() and not error <= bound:
+            raise UserError(
+                f"{file.path.name} is not kept: on a batch of {count} it answers otherwise than the network, with a "
+                f"relative error of {error:.2g}"
+            )

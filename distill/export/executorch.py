@@ -4,15 +4,18 @@ The batch is dynamic up to MOST images, for which the file plans its memory; mea
 one image is no slower than in a file for one image only. `load` splits larger batches.
 """
 
+import io
 import json
+import re
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from distill.errors import UserError
 from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, write
+from distill.export.artifact import Artifact, Model, describe, publish
 
 FLOW = "xnnpack"
 MOST = 8
@@ -33,7 +36,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     """
     try:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     except ImportError as error:
         raise _missing() from error
     from distill.compress.coverage import stored  # not what a file's own process loads
@@ -48,20 +51,31 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     with graph.quiet(), torch.no_grad():
         try:
             lowered = to_edge_transform_and_lower(
-                program, partitioner=[XnnpackPartitioner()], constant_methods={METADATA: described}
+                program,
+                partitioner=[XnnpackPartitioner()],
+                constant_methods={METADATA: described},
+                # its validity check takes the length of what `chunk` and `split` return, of a tensor instead of the
+                # list: that fixes the batch to the example's
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             finished = lowered.to_executorch()
         except Exception as error:  # whatever a pass of its compiler stumbles over
             raise graph.refuse(error, program, "ExecuTorch") from error
-    _check_kernels(finished, program)
-    write(stem.parent / f"{stem.name}.pte", finished.buffer)
-    return reload(stem)
+    _check_kernels(finished)
+    file = _artifact(stem)
+    with redirect_stderr(io.StringIO()) as said:  # only there its runtime tells which operator failed
+        publish(file, finished.buffer, net, example, place=lambda _: _failing(said.getvalue(), finished))
+    return [file]
 
 
 def reload(stem: Path) -> list[Artifact]:
     """The file that `export` wrote at `stem`, if it is there."""
-    path = stem.parent / f"{stem.name}.pte"
-    return [Artifact("executorch", path, FLOW, load, rounds=True)] if path.is_file() else []
+    file = _artifact(stem)
+    return [file] if file.path.is_file() else []
+
+
+def _artifact(stem: Path) -> Artifact:
+    return Artifact("executorch", stem.parent / f"{stem.name}.pte", FLOW, load, rounds=True)
 
 
 def load(path: Path) -> Model:
@@ -95,16 +109,31 @@ def _program(path: Path):
         raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
 
 
-def _check_kernels(finished, program) -> None:
+def _check_kernels(finished) -> None:
     """The compiler also lets through operators for which the runtime has no kernel."""
     from executorch.runtime import Runtime
 
-    calls = [node for node in program.graph.nodes if node.op == "call_function"]
     known = Runtime.get().operator_registry.operator_names
+    calls = {node.target.name(): node for node in _calls(finished)}
     for operator in finished.executorch_program.execution_plan[0].operators:
         name = f"{operator.name}.{operator.overload}" if operator.overload else operator.name
         if name not in known and f"{name}.default" not in known:
-            raise graph.unknown(name, graph.source(name, calls), "ExecuTorch's runtime")
+            raise graph.unknown(name, calls.get(name), "ExecuTorch's runtime")
+
+
+def _calls(finished) -> list[fx.Node]:
+    """The calls of kernels outside of XNNPACK's parts."""
+    nodes = finished.exported_program().graph.nodes
+    return [node for node in nodes if isinstance(node.target, torch._ops.OpOverload)]
+
+
+def _failing(said: str, finished) -> str:
+    """The operator at which the runtime says that it stopped, and its layer."""
+    found = re.search(r"KernelCall failed at instruction \d+:(\d+)", said)
+    for node in _calls(finished) if found else ():
+        if node.meta.get("debug_handle") == int(found[1]):
+            return f" at the operator {node.target} ({graph.layer(node)})"
+    return ""
 
 
 def _missing() -> UserError:

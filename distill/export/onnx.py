@@ -2,34 +2,40 @@
 which ONNX Runtime fuses into its int8 kernels when it loads the file.
 """
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, write
+from distill.export.artifact import Artifact, Model, describe, publish
 
 FLOW = "onnx"
-OPSET = 23  # the newest that torch.onnx writes; ONNX Runtime reads it from 1.22 on
+OPSETS = range(18, 24)  # what torch.onnx writes; ONNX Runtime reads the newest from 1.22 on
 METADATA = "distill"  # the key in the file's metadata_props
 
 
-def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
-    """Writes stem.onnx: "images" (batch, C, H, W) to "logits" (batch, K), opset OPSET.
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict, *, opset: int = OPSETS[-1]) -> list[Artifact]:
+    """Writes stem.onnx: "images" (batch, C, H, W) to "logits" (batch, K).
 
     Args:
         net: float, or int8 of the flow "onnx", eval mode on the CPU, images in [0, 1] to logits (N, K).
         example: images (N, C, H, W); gives the input's size.
         stem: the file's path without suffix.
         metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+        opset: the version of ONNX's operators, one of OPSETS: an older one for an older runtime.
 
     Raises:
+        UsageError: another opset.
         UserError: onnx is missing, does not know a part of `net`, or the file cannot be written.
     """
+    if opset not in OPSETS:
+        raise UsageError(f"export.onnx.opset={opset} is none that is written: choose {OPSETS[0]} to {OPSETS[-1]}")
     try:
         import onnxscript  # noqa: F401  what torch.onnx needs
     except ImportError as error:
@@ -41,7 +47,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             written = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=["images"],
                 output_names=["logits"],
                 custom_translation_table=_quantization(),
@@ -49,25 +55,46 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             )
         except Exception as error:  # its own exceptions are private
             raise graph.refuse(error, program, "ONNX") from error
-    outputs = set(written.model.graph.outputs)
-    for number, node in enumerate(written.model.graph.all_nodes()):  # where each came from, a tenth of a small file
-        node.metadata_props.clear()
+    outputs, places = set(written.model.graph.outputs), {}
+    for number, node in enumerate(written.model.graph.all_nodes()):
+        places[f"n{number}"] = _place(node)
+        node.metadata_props.clear()  # where each came from, a tenth of a small file
         node.name = f"n{number}"  # its long names, which stand in it two and three times: a thirtieth
         for place, value in enumerate(node.outputs):
             if value not in outputs:
                 value.name = f"n{number}_{place}"
     written.model.metadata_props.clear()
     written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
-    file = written.model_proto
-    del file.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
-    write(stem.parent / f"{stem.name}.onnx", file.SerializeToString())
-    return reload(stem)
+    written = written.model_proto
+    del written.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
+    file = _artifact(stem)
+    publish(file, written.SerializeToString(), net, example, place=lambda said: _failing(said, places))
+    return [file]
+
+
+def _place(node) -> str:
+    """ " at the operator X (layer Y, Z)" of a node of the graph that torch.onnx wrote."""
+    scopes, classes = (
+        ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{key}", "[]"))[:-1]
+        for key in ("name_scopes", "class_hierarchy")
+    )
+    layer = f" (layer {scopes[-1] or 'the network itself'}, {classes[-1].rpartition('.')[2]})" if scopes else ""
+    return f" at the operator {node.op_type}{layer}"
+
+
+def _failing(said: str, places: dict[str, str]) -> str:
+    """The place of the first node that ONNX Runtime names."""
+    return next((places[name] for name in re.findall(r"\bn\d+\b", said) if name in places), "")
 
 
 def reload(stem: Path) -> list[Artifact]:
     """The file that `export` wrote at `stem`, if it is there."""
-    path = stem.parent / f"{stem.name}.onnx"
-    return [Artifact("onnx", path, FLOW, load, rounds=True)] if path.is_file() else []
+    file = _artifact(stem)
+    return [file] if file.path.is_file() else []
+
+
+def _artifact(stem: Path) -> Artifact:
+    return Artifact("onnx", stem.parent / f"{stem.name}.onnx", FLOW, load, rounds=True)
 
 
 def load(path: Path) -> Model:

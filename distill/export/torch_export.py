@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, read_zipped, write
+from distill.export.artifact import Artifact, Model, describe, publish, read_zipped
 from distill.export.pt2 import sanitized
 
 FLOW = "xnnpack"
@@ -44,14 +44,19 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             torch.export.save(program, buffer, extra_files={METADATA: described})
         except Exception as error:  # an operator without a schema, a constant that is no tensor
             raise graph.refuse(error, program, "torch.export") from error
-    write(stem.parent / f"{stem.name}.pt2", buffer.getvalue())
-    return reload(stem)
+    file = _artifact(stem)
+    publish(file, buffer.getvalue(), net, example)
+    return [file]
 
 
 def reload(stem: Path) -> list[Artifact]:
     """The file that `export` wrote at `stem`, if it is there."""
-    path = stem.parent / f"{stem.name}.pt2"
-    return [Artifact("torch_export", path, FLOW, load)] if path.is_file() else []
+    file = _artifact(stem)
+    return [file] if file.path.is_file() else []
+
+
+def _artifact(stem: Path) -> Artifact:
+    return Artifact("torch_export", stem.parent / f"{stem.name}.pt2", FLOW, load)
 
 
 def load(path: Path) -> Model:

@@ -17,7 +17,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
 from distill.errors import UserError
-from distill.export.artifact import MOST, Artifact, Model, describe, read_zipped, write
+from distill.export.artifact import MOST, Artifact, Model, describe, publish, read_zipped
 
 FLOW = "fx"
 METADATA = "metadata.json"
@@ -39,7 +39,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
 
     stem = Path(stem)
     extra = {METADATA: json.dumps(describe(example, metadata), ensure_ascii=False)}
-    script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
+    script_file, lite_file = _artifacts(stem)
     with _no_deprecations(), torch.no_grad():
         traced, kinds, note = _trace(net, example), stored(net), ""
         # freezing would write weights that are only stored in int8 out as float
@@ -53,21 +53,21 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
                 note = "not optimised for mobile: this build of PyTorch has no XNNPACK"
         buffer = io.BytesIO()
         torch.jit.save(script, buffer, _extra_files=extra)
-        write(script_path, buffer.getvalue())
-        write(lite_path, lite._save_to_buffer_for_lite_interpreter(_extra_files=extra))
+        publish(script_file, buffer.getvalue(), net, example)
+        publish(lite_file, lite._save_to_buffer_for_lite_interpreter(_extra_files=extra), net, example)
     if note:
-        print(f"  {lite_path.name}: {note}", flush=True)
-    return reload(stem)
+        print(f"  {lite_file.path.name}: {note}", flush=True)
+    return [script_file, lite_file]
 
 
 def reload(stem: Path) -> list[Artifact]:
     """The files that `export` wrote at `stem`, those of them that are there."""
+    return [file for file in _artifacts(stem) if file.path.is_file()]
+
+
+def _artifacts(stem: Path) -> list[Artifact]:
     script_path, lite_path = stem.parent / f"{stem.name}.pt", stem.parent / f"{stem.name}.ptl"
-    files = [
-        Artifact("torchscript", script_path, FLOW, load_script),
-        Artifact("lite", lite_path, FLOW, load_lite),
-    ]
-    return [file for file in files if file.path.is_file()]
+    return [Artifact("torchscript", script_path, FLOW, load_script), Artifact("lite", lite_path, FLOW, load_lite)]
 
 
 def read_metadata(path: Path) -> dict:
