@@ -62,9 +62,9 @@ def main(cfg):
             networks["student (last epoch)"] = job.student(run.STUDENT_LAST)
             rows, unlike = evaluate(networks, nets, files, data, cfg.tolerance)
             failures += unlike
-            report.write(rows, folder, job.context())
+            report.write(rows, folder, job.context(data))
             if any(files.values()):
-                write_readme(files, data, folder / "export")
+                write_readme(files, data, folder / "export", failures)
             for logger in loggers:
                 report.log(logger, rows, folder)
             say(report.table(rows))
