@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,9 @@ class SweepTable(Callback):
             sys.exit(1)
         shown = [name for name in SHOWN if name in table]
         print(f"\n{len(table)} runs in {root}")
-        print(table[shown].to_string(index=False, float_format="{:.4g}".format, na_rep="–"), flush=True)
+        width = shutil.get_terminal_size((10_000, 24)).columns  # of a terminal: wider tables go on below
+        text = table[shown].to_string(index=False, float_format="{:.4g}".format, na_rep="–", line_width=width)
+        print(text, flush=True)
         if (table["status"] != "done").any():
             sys.exit(1)
 

@@ -1,6 +1,5 @@
 """export/README.md: a photo becomes an input as in the test, and no file is recommended that failed."""
 
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from distill.data.fake import fake
 from distill.export import deploy
-from distill.export.artifact import Artifact
+from distill.report import Row
 
 SUFFIXES = {"onnx": "onnx", "executorch": "pte", "torchscript": "pt", "lite": "ptl", "torch_export": "pt2"}
 
@@ -21,16 +20,14 @@ def data():
     return fake(image_size=16, train_size=40, batch_size=16, num_workers=0)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, list[Artifact]]:
-    """Of every format one float and one smaller int8 file; what is in them is not read."""
-    folder, made = tmp_path_factory.mktemp("files"), {}
+@pytest.fixture
+def rows(tmp_path) -> list[Row]:
+    """Of every format one float and one smaller int8 file, which are there; what is in them is not read."""
+    made = [Row("student")]
     for name, size in (("student", 100), ("student-int8", 30)):
-        made[name] = []
         for format, suffix in SUFFIXES.items():
-            path = folder / f"{name}.{suffix}"
-            path.write_bytes(bytes(size))
-            made[name].append(Artifact(format, path, "fx", None))
+            (tmp_path / f"{name}.{suffix}").write_bytes(bytes(size))
+            made.append(Row(f"{name}.{suffix}", format=format))
     return made
 
 
@@ -42,7 +39,7 @@ def program(folder: Path, title: str) -> str:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("mode, sides", [("RGB", (93, 60)), ("RGBA", (40, 71)), ("P", (61, 45)), ("L", (150, 77))])
-def test_a_program_prepares_a_photo_as_the_toolkit_does(files, data, tmp_path, monkeypatch, mode, sides, orientation):
+def test_a_program_prepares_a_photo_as_the_toolkit_does(rows, data, tmp_path, monkeypatch, mode, sides, orientation):
     """Turned, transparent, of odd sides: like `read` and `CenterCrop`."""
     from PIL import Image
 
@@ -50,7 +47,7 @@ def test_a_program_prepares_a_photo_as_the_toolkit_does(files, data, tmp_path, m
     from distill.data.files import read, tensor
 
     whole = replace(data, test=replace(data.test, transform=CenterCrop()))
-    deploy.write_readme(files, whole, tmp_path)
+    deploy.write_readme(rows, whole, tmp_path)
     rng = np.random.default_rng(0)
     waves = np.add.outer(np.sin(np.arange(sides[1]) / 5), np.cos(np.arange(sides[0]) / 7)) * 60 + 128
     image = Image.fromarray(
@@ -103,12 +100,12 @@ def test_the_apps_triangles_are_pillows_bilinear():
         assert deploy.PIXELS.count(line) == 2
 
 
-def test_a_file_that_failed_is_in_no_program(files, data, tmp_path):
-    (file,) = (file for file in files["student-int8"] if file.format == "onnx")
-    deploy.write_readme(files, data, tmp_path, [f"{file.path.name}: logits differ by up to 3"])
+def test_a_file_that_failed_is_in_no_program(rows, data, tmp_path):
+    deploy.write_readme(rows, data, tmp_path, ["student-int8.onnx: logits differ by up to 3"])
     text = (tmp_path / "README.md").read_text()
-    assert re.search(rf"\| {re.escape(file.path.name)} \| onnx \| [\d,]+ \| no: see the report \|", text)
-    assert '"student.onnx"' in program(tmp_path, "ONNX Runtime")
-    every = [f"{each.path.name}: x" for several in files.values() for each in several]
-    deploy.write_readme(files, data, tmp_path, every)
+    assert "| student-int8.onnx | onnx | 30 | no: see the report |" in text
+    assert '"student.onnx"' in program(tmp_path, "ONNX Runtime") and '"student-int8.pte"' in program(
+        tmp_path, "ExecuTorch"
+    )
+    deploy.write_readme(rows, data, tmp_path, [f"{row.name}: x" for row in rows])
     assert "```" not in (tmp_path / "README.md").read_text()

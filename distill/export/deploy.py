@@ -1,39 +1,37 @@
 """export/README.md: how to run the exported files, in Python and in an app, with the images prepared as in the test."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.base import Data
 from distill.export import preparation
-from distill.export.artifact import Artifact, write
+from distill.export.artifact import write
 
 
-def write_readme(
-    files: Mapping[str, Sequence[Artifact]], data: Data, folder: Path, failures: Sequence[str] = ()
-) -> None:
+def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[str] = ()) -> None:
     """Writes README.md and classes.txt into `folder`, in which the files are; formats that aren't there are left out.
 
     Args:
+        rows: of the report, each with the `name` and `format` of a file in `folder`; others are left out.
         failures: of the report, "FILE: reason": such a file is listed as one that must not ship, and in no program.
 
     Raises:
         UserError: a file cannot be written.
     """
-    every = sorted((file for several in files.values() for file in several), key=lambda file: file.path.name)
-    bad = {file.path.name for file in every if any(line.startswith(f"{file.path.name}: ") for line in failures)}
+    every = sorted((folder / row.name, row.format) for row in rows if (folder / row.name).is_file())
+    bad = {path for path, _ in every if any(line.startswith(f"{path.name}: ") for line in failures)}
     size, short = data.image_size, preparation(data).get("short_side", data.image_size)
     listed = "\n".join(
-        f"| {file.path.name} | {file.format} | {file.path.stat().st_size:,} | "
-        f"{'no: see the report' if file.path.name in bad else 'yes'} |"
-        for file in every
+        f"| {path.name} | {format} | {path.stat().st_size:,} | {'no: see the report' if path in bad else 'yes'} |"
+        for path, format in every
     )
     parts = [INTRO.format(files=listed, classes=data.num_classes, size=size, short=short)]
-    shipping = [file for file in every if file.path.name not in bad]
-    formats = [name for name in SECTIONS if any(file.format == name for file in shipping)]
+    shipping = [(path, format) for path, format in every if path not in bad]
+    formats = [name for name in SECTIONS if name in {format for _, format in shipping}]
     if set(formats) - {"torch_export"}:
         parts.append(PIXELS)
     for name in formats:
-        smallest = min((file.path for file in shipping if file.format == name), key=lambda path: path.stat().st_size)
+        smallest = min((path for path, format in shipping if format == name), key=lambda path: path.stat().st_size)
         parts.append(SECTIONS[name].replace("PREPARE\n", PREPARE).replace("FILE", smallest.name))
     text = "\n".join(parts).replace("SIZE", str(size)).replace("SHORT", str(short))
     write(folder / "classes.txt", "".join(f"{name}\n" for name in data.classes).encode())
