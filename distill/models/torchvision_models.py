@@ -14,7 +14,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from distill.errors import UserError
 from distill.models.stem import SMALL, for_small_images
-from distill.models.taps import dry_run, head_path, out_of_place
+from distill.models.taps import dry_run, heads, out_of_place
 
 
 def classifier(name: str, num_classes: int, image_size: int, weights: str | None = None) -> nn.Module:
@@ -42,7 +42,7 @@ def classifier(name: str, num_classes: int, image_size: int, weights: str | None
     options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}  # one output, always
     if weights is not None:
         net = _pretrained(name, weights, image_size, options)
-        _fit_head(net, num_classes)
+        _fit_heads(net, num_classes, image_size)
     elif name.startswith("vit_"):
         net = _vit(name, num_classes, image_size)
     else:
@@ -77,13 +77,13 @@ def _pretrained(name: str, weights: str, image_size: int, options: dict) -> nn.M
         raise UserError(f"{file} is broken or not the weights of {name}: delete it to fetch it anew") from error
 
 
-def _fit_head(net: nn.Module, num_classes: int) -> None:
-    path = head_path(net)
-    old = net.get_submodule(path)
-    if isinstance(old, nn.Linear) and old.out_features != num_classes:
-        net.set_submodule(path, nn.Linear(old.in_features, num_classes))
-    elif isinstance(old, nn.Conv2d) and old.out_channels != num_classes:
-        net.set_submodule(path, nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
+def _fit_heads(net: nn.Module, num_classes: int, image_size: int) -> None:
+    for path in heads(net, image_size):
+        old = net.get_submodule(path)
+        if isinstance(old, nn.Linear) and old.out_features != num_classes:
+            net.set_submodule(path, nn.Linear(old.in_features, num_classes))
+        elif isinstance(old, nn.Conv2d) and old.out_channels != num_classes:
+            net.set_submodule(path, nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
 
 
 def _vit(name: str, num_classes: int, image_size: int) -> nn.Module:
