@@ -270,17 +270,30 @@ def _unwrap(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str,
 
 
 def _at_positions(key: str, came, expected):
-    """Embeddings of an image's positions (1, T, D) for as many as expected, in front of them as many class tokens."""
-    if "pos_emb" not in key and "position_emb" not in key or _shape(came) == _shape(expected):
+    """What is learned for each of an image's positions, interpolated for as many as expected: embeddings (1, T, D) with
+    class tokens in front, (1, S, S, D) or (1, D, S, S), and Swin's and BEiT's tables ((2w - 1)² …, heads)."""
+    if _shape(came) == _shape(expected) or len(_shape(came)) != len(_shape(expected)):
         return came
-    if came.dim() != 3 or expected.dim() != 3 or came.shape[::2] != expected.shape[::2]:
+    if key.endswith("relative_position_bias_table"):
+        return _resized(came[None].flip(1), expected[None])[0].flip(0)  # tokens that are no positions come last
+    if "pos_emb" not in key and "position_emb" not in key:
         return came
-    for tokens in range(min(came.shape[1], expected.shape[1])):
-        old, new = (math.isqrt(value.shape[1] - tokens) for value in (came, expected))
-        if old * old == came.shape[1] - tokens and new * new == expected.shape[1] - tokens:
-            grid = came[:, tokens:].float().transpose(1, 2).unflatten(2, (old, old))  # (1, D, old, old)
+    if came.dim() == 4 and came.shape[1:] == (came.shape[1], came.shape[1], expected.shape[3]):
+        return _resized(came.flatten(1, 2), expected.flatten(1, 2)).view(-1, *expected.shape[1:])
+    if came.dim() == 4 and came.shape[1:] == (expected.shape[1], came.shape[3], came.shape[3]):
+        resized = _resized(came.flatten(2).transpose(1, 2), expected.flatten(2).transpose(1, 2))
+        return resized.transpose(1, 2).reshape(-1, *expected.shape[1:])
+    return _resized(came, expected) if came.dim() == 3 else came
+
+
+def _resized(came: Tensor, expected: Tensor) -> Tensor:
+    """(1, n + S², D) as (1, n + S'², D); as it is where the two are no such tables."""
+    for n in range(min(came.shape[1], expected.shape[1]) if came.shape[::2] == expected.shape[::2] else 0):
+        old, new = (math.isqrt(value.shape[1] - n) for value in (came, expected))
+        if old * old == came.shape[1] - n and new * new == expected.shape[1] - n:
+            grid = came[:, n:].float().transpose(1, 2).unflatten(2, (old, old))  # (1, D, S, S)
             grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-            return torch.cat([came[:, :tokens].float(), grid.flatten(2).transpose(1, 2)], 1)
+            return torch.cat([came[:, :n].float(), grid.flatten(2).transpose(1, 2)], 1)
     return came
 
 

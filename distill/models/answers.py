@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 from torch.fx import Proxy
 
+TENSORS = (Tensor, Proxy)  # also while torch.fx traces
 LOGITS = ("logits", "out")  # Hugging Face's and timm's name, and torchvision's of segmentation
 
 
@@ -16,6 +17,8 @@ def logits_of(answer):
     anything else, tuples and lists included, the first tensor: GoogLeNet's and Inception's in training, DeiT's of its
     class token. What else it holds is not read. An answer without a tensor is returned as it is.
     """
+    if isinstance(answer, TENSORS):
+        return answer
     named = _names(answer)
     for name in LOGITS:
         if named.get(name) is not None:
@@ -25,8 +28,8 @@ def logits_of(answer):
 
 
 def first_tensor(value) -> Tensor | None:
-    """The first tensor in nested tuples, lists, dicts and dataclasses, or None. A graph's value counts as a tensor."""
-    if isinstance(value, (Tensor, Proxy)):
+    """The first tensor in nested tuples, lists, dicts and dataclasses, or None."""
+    if isinstance(value, TENSORS):
         return value
     return next((found for part in _parts(value) if (found := first_tensor(part)) is not None), None)
 

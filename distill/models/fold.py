@@ -62,8 +62,7 @@ def folded(net: nn.Module, image_size: int) -> nn.Module:
 
 def _fold_weights(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        _fold_parametrizations(module)
     for hook in reversed(list(module._forward_pre_hooks.values())):
         if isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
@@ -71,6 +70,21 @@ def _fold_weights(module: nn.Module) -> None:
             remove_weight_norm(module, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
+
+
+@torch.no_grad()
+def _fold_parametrizations(module: nn.Module) -> None:
+    """As torch's remove_parametrizations, which changes the class that the module shares with what it was copied from."""
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    originals = {name: next(iter(part.state_dict(keep_vars=True).values())) for name, part in module.parametrizations.items()}
+    kind = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = kind
+    for name, value in values.items():
+        if isinstance(originals[name], nn.Parameter):
+            module.register_parameter(name, nn.Parameter(value, originals[name].requires_grad))
+        else:
+            module.register_buffer(name, value)
 
 
 def _merge(module: nn.Module) -> None:
