@@ -4,12 +4,14 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.checkpoints import load_weights
 from distill.data.base import Data
@@ -126,6 +128,8 @@ def connect(
     rows = torch.arange(2) % len(data.train)
     batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
     student_outputs = _dry_run(student, batch, data)
+    if min(data.batch_size, len(data.train)) == 1:
+        _check_batch_norms(student, batch)
     teacher_outputs = None
     if teacher is not None:
         with torch.no_grad():
@@ -162,6 +166,27 @@ def _dry_run(network: Network, batch: Batch, data: Data):
     network.train()
     _check_logits(outputs.logits, network.role or "student", data)
     return outputs
+
+
+@torch.no_grad()
+def _check_batch_norms(network: Network, batch: Batch) -> None:
+    """Refuse training on single images where a batch norm would see one number a channel."""
+
+    def check(path: str, module: nn.Module, inputs) -> None:
+        if inputs[0][0].numel() == module.num_features:
+            raise UserError(
+                f"{path} of {type(network.net).__name__} normalises over the images of a batch and cannot learn from a "
+                "batch of one: set data.batch_size to 2 or more"
+            )
+
+    norms = [(path, module) for path, module in network.net.named_modules() if isinstance(module, _BatchNorm)]
+    hooks = [module.register_forward_pre_hook(partial(check, path)) for path, module in norms]
+    try:
+        network.eval()(batch.images)
+        network.train()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_logits(logits, role: str, data: Data) -> None:

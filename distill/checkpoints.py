@@ -75,9 +75,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(
-    net: nn.Module, path: str | Path, new_head: bool = False, heads: Collection[str] = ()
-) -> list[str]:
+def load_weights(net: nn.Module, path: str | Path, new_head: bool = False, heads: Collection[str] = ()) -> list[str]:
     """Load a file's weights into `net` in place, every one of them or none.
 
     - Names in front ("module.", "backbone.", "student.net." …) are dropped: of the file's parts, the one that fits
@@ -151,7 +149,9 @@ def save_weights(net: nn.Module, path: str | Path, metadata: Mapping[str, str]) 
 def serialised_bytes(net: nn.Module) -> int:
     """How large `net`'s state dict is as safetensors, tensors that are shared counted once."""
     state = {key: _as_tensor(key, value).contiguous() for key, value in net.state_dict().items()}
-    once = {(value.untyped_storage().data_ptr(), value.storage_offset(), value.shape): key for key, value in state.items()}
+    once = {
+        (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape): key for key, value in state.items()
+    }
     return len(save({key: state[key] for key in once.values()}))
 
 
@@ -204,7 +204,9 @@ def _as_tensor(key: str, value) -> Tensor:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     if _extra_state(buffer.getvalue()) is None and value is not None:
-        raise UserError(f"{key} is a {type(value).__name__} with more than tensors and plain values: it cannot be saved")
+        raise UserError(
+            f"{key} is a {type(value).__name__} with more than tensors and plain values: it cannot be saved"
+        )
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 

@@ -13,9 +13,9 @@ LOGITS = ("logits", "out")  # Hugging Face's and timm's name, and torchvision's 
 def logits_of(answer):
     """The logits of what a network's `forward` returned.
 
-    A tensor is the logits. Of a named tuple, a dict or an object (Hugging Face's outputs) they are what is called "logits" or "out"; of
-    anything else, tuples and lists included, the first tensor: GoogLeNet's and Inception's in training, DeiT's of its
-    class token. What else it holds is not read. An answer without a tensor is returned as it is.
+    A tensor is the logits. Of a named tuple, a dict or an object (Hugging Face's outputs) they are what is called
+    "logits" or "out"; of anything else, tuples and lists included, the first tensor: GoogLeNet's and Inception's in
+    training, DeiT's of its class token. What else it holds is not read. An answer without a tensor is returned as it is.
     """
     if isinstance(answer, TENSORS):
         return answer

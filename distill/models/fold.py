@@ -74,9 +74,11 @@ def _fold_weights(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _fold_parametrizations(module: nn.Module) -> None:
-    """As torch's remove_parametrizations, which changes the class that the module shares with what it was copied from."""
+    """As torch's remove_parametrizations, which changes the class that a module shares with its copies."""
     values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-    originals = {name: next(iter(part.state_dict(keep_vars=True).values())) for name, part in module.parametrizations.items()}
+    originals = {
+        name: next(iter(part.state_dict(keep_vars=True).values())) for name, part in module.parametrizations.items()
+    }
     kind = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     module.__class__ = kind

@@ -85,7 +85,11 @@ def _ends(net: nn.Module, image_size: int) -> tuple[str, str, int]:
 def _classifier(weights: str, num_classes: int, width: int) -> dict[str, torch.Tensor]:
     """The last (num_classes, width) matrix of a file and its bias, as a linear layer's state."""
     state = read_state(weights)
-    names = [name.removesuffix(".weight") for name, value in state.items() if getattr(value, "shape", None) == (num_classes, width)]
+    names = [
+        name.removesuffix(".weight")
+        for name, value in state.items()
+        if getattr(value, "shape", None) == (num_classes, width)
+    ]
     found = [name for name in names if f"{name}.bias" in state]
     if not found:
         raise UserError(

@@ -122,10 +122,14 @@ def _answer(net: nn.Module, image_size: int, channels: int, images: int) -> Tens
         return logits_of(net.eval()(parameter.new_zeros(images, channels, image_size, image_size)))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
+        kind = "grey" if channels == 1 else "RGB"
+        way_out = "choose another network or another data.image_size"
+        if channels != 1 and "channel" in reason:
+            way_out += (
+                ", or, where it takes grey images, give one mean and one std: student.mean=[0.5] student.std=[0.25]"
+            )
         raise UserError(
-            f"{type(net).__name__} cannot take {kind} images of {image_size} px ({reason}): "
-            "choose another network or another data.image_size"
+            f"{type(net).__name__} cannot take {kind} images of {image_size} px ({reason}): {way_out}"
         ) from error
     finally:
         for module, mode in training.items():
