@@ -104,7 +104,8 @@ def load_weights(net: nn.Module, path: str | Path, new_head: bool = False, heads
         state[key] = _at_positions(key, state[key], wanted[key])
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted and not key.lower().startswith("aux")]
-    reshaped = [key for key in wanted if key in state and _shape(state[key]) != _shape(wanted[key])]
+    tensors = [key for key in wanted if key in state and not key.endswith(EXTRA)]
+    reshaped = [key for key in tensors if _shape(state[key]) != _shape(wanted[key])]
     headless = [key for key in missing if _inside(key, heads)] if new_head else []
     classes = _of_other_classes(reshaped, state, wanted, heads)
     stem = [key for key in reshaped if key not in classes and _reads_other_images(state[key], wanted[key])][:1]

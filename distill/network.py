@@ -153,16 +153,16 @@ class Network(nn.Module):
         found = heads(self.net, self.image_size or SIZE, len(self.normalize.mean))
         if not found:
             raise UserError(
-                f"the logits of {type(self.net).__name__} come from no layer, such as a Linear, that could be its head: "
-                "make one, or choose losses that read no head"
+                f"the logits of {type(self.net).__name__} come from no layer that could be its head, such as a "
+                "Linear: make one, or choose losses that read no head"
             )
         return found[0]
 
     def _unknown(self, name: str) -> UserError:
         if name.startswith("stage") and not any(tap.startswith("stage") for tap in self.taps):
             return UserError(
-                f"no stages were found that cover {type(self.net).__name__} from its first layers to its last: name them "
-                f"with {self.role or 'student'}.taps={{stage1: LAYER, …}}, or choose losses that read no stages"
+                f"no stages were found that cover {type(self.net).__name__} from its first layers to its last: name "
+                f"them with {self.role or 'student'}.taps={{stage1: LAYER, …}}, or choose losses that read no stages"
             )
         layers = [path for path, _ in self.net.named_modules() if path and path.count(".") <= name.count(".")]
         return UserError(

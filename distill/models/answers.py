@@ -15,7 +15,7 @@ def logits_of(answer):
 
     A tensor is the logits. Of a named tuple, a dict or an object (Hugging Face's outputs) they are what is called
     "logits" or "out"; of anything else, tuples and lists included, the first tensor: GoogLeNet's and Inception's in
-    training, DeiT's of its class token. What else it holds is not read. An answer without a tensor is returned as it is.
+    training, DeiT's of its class token. What else it holds is not read. What holds no tensor is returned as it is.
     """
     if isinstance(answer, TENSORS):
         return answer

@@ -33,7 +33,8 @@ def folded(net: nn.Module, image_size: int) -> nn.Module:
 
     - weight_norm, spectral_norm and pruning masks, as hooks or as parametrizations, become the weights they compute;
     - branches that the network offers to merge for deployment (RepVGG, MobileOne, FastViT, RepViT …) are merged, where
-      it then answers alike.
+      it then answers alike;
+    - a layer that other hooks change the input or output of becomes a `Hooked` one.
 
     Args:
         net: changed in place, unless it is merged.
@@ -41,8 +42,52 @@ def folded(net: nn.Module, image_size: int) -> nn.Module:
     """
     for module in [*net.modules()]:
         _fold_weights(module)
-    if all(_offered(module) is None for module in net.modules()):
-        return net
+    if any(_offered(module) for module in net.modules()):
+        net = _merged(net, image_size)
+    for path, module in [*net.named_modules()]:
+        if not any(module.children()) and (module._forward_hooks or module._forward_pre_hooks):
+            net.set_submodule(path, Hooked(module))
+    return net
+
+
+class Hooked(nn.Module):
+    """A layer between the hooks that were registered on it: ordinary code around an ordinary layer, which can be fused,
+    quantized or exchanged without them."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.before = [
+            (hook, key in layer._forward_pre_hooks_with_kwargs) for key, hook in layer._forward_pre_hooks.items()
+        ]
+        self.after = [(hook, key in layer._forward_hooks_with_kwargs) for key, hook in layer._forward_hooks.items()]
+        layer._forward_pre_hooks.clear()
+        layer._forward_hooks.clear()
+
+    def __getattr__(self, name: str):
+        """What is not its own is the layer's: others may read its weight."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *inputs, **named):
+        for hook, takes_named in self.before:
+            changed = hook(self.layer, inputs, named) if takes_named else hook(self.layer, inputs)
+            if changed is not None and takes_named:
+                inputs, named = changed
+            elif changed is not None:
+                inputs = changed if isinstance(changed, tuple) else (changed,)
+        output = self.layer(*inputs, **named)
+        for hook, takes_named in self.after:
+            known = (inputs, named) if takes_named else (inputs,)
+            changed = hook(self.layer, *known, output)
+            output = output if changed is None else changed
+        return output
+
+
+def _merged(net: nn.Module, image_size: int) -> nn.Module:
+    """A copy whose branches are merged; `net` itself where that fails or changes its answers."""
     images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     merged = copied(net)
     try:
