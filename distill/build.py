@@ -23,7 +23,7 @@ from distill.progress import leads, say
 from distill.schedules import check_weight
 from distill.types import Batch, Outputs
 
-ROLE_KEYS = ("checkpoint", "fit", "precision", "taps", "mean", "std")
+ROLE_KEYS = ("checkpoint", "fit", "precision", "untrained", "taps", "mean", "std")
 
 
 def data(cfg: DictConfig) -> Data:

@@ -12,7 +12,6 @@ answers (`identity`), so what another teacher, other images or another augmentat
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,12 @@ from distill.errors import UsageError
 from distill.files import atomic, content_key
 from distill.progress import leads, say
 from distill.sizes import human, parse_bytes
+from distill.sources import describe, layers
 from distill.teachers import Frozen, Teacher
 from distill.types import Batch, Outputs
 
 HEADER = 4096
-FORMAT = 1  # part of the identity: a change of the layout or of what fills it starts anew
+FORMAT = 2  # part of the identity: a change of the layout or of what fills it starts anew
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -278,23 +279,41 @@ class Ask(pl.LightningModule):
             self.teacher(batch)
 
 
-def identity(teacher: Frozen, data: Data, seed: int, device: str, **stored) -> dict:
-    """All that decides the bits of the answers to a (row, view), and how they are `stored`, as plain values."""
+def identity(teacher: Frozen, data: Data, seen: Outputs, described: Mapping, seed: int, device: str, **stored) -> dict:
+    """All that decides the bits of the answers to a (row, view), and how they are `stored`, as plain values.
+
+    Args:
+        seen: what the teacher answers, on this machine's CPU, to a few images: networks that are made alike and compute
+            otherwise differ here.
+        described: the teacher's configuration.
+    """
     network = teacher.network
     return {
         "format": FORMAT,
         "weights": teacher.fingerprint,
-        "network": hashlib.sha256(repr(network).encode()).hexdigest(),
+        "network": content_key(layers(network)),
+        "described": dict(described),
+        "answers": content_key(describe(seen.logits)),
         "precision": teacher.precision,
         "looked_into": network.recording,  # else a faster copy answers, whose last bits differ
         "images": data.fingerprint,
-        "transform": repr(data.train.transform),
+        "transform": describe(data.train.transform),
         "image_size": data.image_size,
         "seed": seed,
         "batch_size": data.batch_size,
-        "device": device,
+        "device": device if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device,
+        "versions": versions(),
         **stored,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the answers: libraries, and the processor's instructions that they use."""
+    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    for package in ("distill", "torch", "torchvision", "timm"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def open_cache(
@@ -346,7 +365,7 @@ def open_cache(
         with suppress(OSError):  # a full disk: said when rows are written
             folder.mkdir(parents=True, exist_ok=True)
             with atomic(folder / "identity.json") as temporary:
-                temporary.write_text(json.dumps(known_by, indent=2))
+                temporary.write_text(json.dumps(known_by, indent=2), encoding="utf-8")
             if shutil.disk_usage(folder).free < views * view_bytes:
                 say(f"warning: cache: {human(shutil.disk_usage(folder).free)} are free, it may not fit")
     say(

@@ -44,6 +44,9 @@ def command(job):
 
     @functools.wraps(job)
     def main():
+        for stream in (sys.stdout, sys.stderr):  # a terminal or file that lacks a sign gets "?" for it
+            with contextlib.suppress(AttributeError, ValueError):  # replaced by something simpler
+                stream.reconfigure(errors="replace")
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
@@ -69,10 +72,27 @@ def _tell(error: Exception) -> int:
         text = _hydra_text(str(chain[-1] if "Error in call to target" in str(error) else error))
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    elif memory := next(filter(None, map(_memory, chain)), None):
+        text = memory
     else:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
     print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
     return 2 if usage else 1
+
+
+def _memory(error: Exception) -> str | None:
+    """What to do where memory has run out, of whatever kind; None where it hasn't."""
+    said = f"{type(error).__name__}: {error}"
+    if "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
+        return f"{' '.join(said.split())[:120]}: probably memory has run out; lower data.num_workers or data.batch_size"
+    words = ("OutOfMemoryError", "can't allocate memory", "not enough memory", "MemoryError", "Cannot allocate memory")
+    if not any(word in said for word in words):
+        return None
+    asked = re.search(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", said)
+    return (
+        f"memory has run out{f' ({asked[1]} more were asked for)' if asked else ''}: lower data.batch_size or "
+        "data.image_size, choose a smaller network, or drop a loss on features; run= goes on from the last checkpoint"
+    )
 
 
 def _hydra_text(text: str) -> str:

@@ -1,43 +1,105 @@
 """Where the configuration lives, and what Hydra doesn't check by itself. Never imports torch."""
 
 import difflib
+import itertools
 import sys
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import UsageError
+from distill.progress import leads
 
 PACKAGE = Path(__file__).parent
 PATH = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf")
 NULLABLE = ("cache.views",)  # numbers that null may stand for, whatever their default
+PRECISIONS = (
+    *("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true", "32", "64", "16", "bf16"),
+)
+TRAINER = (  # options of Lightning's Trainer that are honoured
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "max_epochs", "min_epochs"),
+    *("limit_train_batches", "limit_val_batches", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "detect_anomaly", "profiler"),
+    *("sync_batchnorm", "log_every_n_steps", "default_root_dir"),
+)
+_VALIDATED = "validation follows every epoch, because it chooses what ships"
+_OURS = "training here has its own, which make that it can be killed anywhere"
+REFUSED = {  # and why others are not
+    "callbacks": f"{_OURS}; logger=[wandb] and logger=[tensorboard] take the figures elsewhere",
+    "logger": "choose logger=[wandb] or logger=[tensorboard]; CSV files are always written",
+    "plugins": _OURS,
+    "max_steps": "give trainer.max_epochs, the schedule's length; +trainer.limit_train_batches=N shortens an epoch",
+    "min_steps": "give trainer.max_epochs",
+    "max_time": "a run is as long as its trainer.max_epochs; it can be stopped anywhere and continued by run=",
+    "fast_dev_run": "try a run with trainer.max_epochs=1 +trainer.limit_train_batches=2",
+    "overfit_batches": "give +trainer.limit_train_batches=N, which takes other images in each epoch, or fewer images",
+    "check_val_every_n_epoch": _VALIDATED,
+    "val_check_interval": _VALIDATED,
+    "num_sanity_val_steps": "everything is tried on two images before training",
+    "enable_checkpointing": _OURS,
+    "enable_progress_bar": "there is one on a terminal, and lines elsewhere",
+    "enable_model_summary": "the report has the figures of every network",
+    "use_distributed_sampler": _OURS,
+    "reload_dataloaders_every_n_epochs": _OURS,
+    "limit_test_batches": "the test set is measured whole, once",
+    "limit_predict_batches": "the test set is measured whole, once",
+    "barebones": _OURS,
+}
 STAGES = ["teacher", "cache", "distill", "compress", "export", "report"]
 
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
-    argv = sys.argv if argv is None else argv
-    folders = [PATH]
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag in ("--config-dir", "-cd"):
-            folders.append(value)
-        elif flag.startswith("--config-dir="):
-            folders.append(flag.partition("=")[2])
+    folders = [PATH, *config_dirs(argv)]
     for file in sorted(file for folder in folders for file in Path(folder, "network").glob("*.yaml")):
         for role in ("teacher", "student"):
             defaults = [{"/role@_here_": role}, {"/network@_here_": file.stem}, "_self_"]
             ConfigStore.instance().store(group=role, name=file.stem, node={"defaults": defaults})
 
 
+def config_dirs(argv: list[str] | None = None) -> list[str]:
+    """The folders of the user's own configuration that the command line names."""
+    argv = sys.argv if argv is None else argv
+    folders = []
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(value)
+        elif flag.startswith("--config-dir="):
+            folders.append(flag.partition("=")[2])
+    return folders
+
+
 def run_dir(run: str | None, new: str) -> str:
-    """The folder of the run to continue, or of the new one. Hydra makes it, so a wrong one is refused first."""
-    if run is None:
-        return new
-    if not Path(run, "run.json").is_file():
-        raise UsageError(f"run={run} is not the folder of a run (no run.json in it)")
-    return run
+    """The folder of the run to continue, or of the new one: outputs/NAME. Hydra makes it, so a wrong one is refused
+    first; where no name is given and another run began in the same second, the new one gets a number behind its name.
+
+    Raises:
+        UsageError: `run` is no run's folder; a name that is none, or leads out of outputs/.
+    """
+    if run is not None:
+        if not Path(run, "run.json").is_file():
+            raise UsageError(f"run={run} is not the folder of a run (no run.json in it)")
+        return run
+    name = new.partition("/")[2]
+    if not name or any(part in ("", ".", "..") or not part.isprintable() for part in name.split("/")):
+        raise UsageError(f"name={name!r}: expected the name of a folder in outputs/, such as name=first")
+    given = any(word.startswith("name=") for word in sys.argv[1:])
+    return _unused(new) if leads() and not given else new
+
+
+@cache
+def _unused(folder: str) -> str:
+    """`folder`, made; where it is there already the first of folder-2, folder-3 … that isn't. Once a process."""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        made = folder if number == 1 else f"{folder}-{number}"
+        with suppress(FileExistsError):
+            Path(made).mkdir()
+            return made
 
 
 def is_group(override: str, choices) -> bool:
@@ -62,6 +124,7 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
         raise UsageError(f"stages={list(cfg.stages)}: no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
     if cfg.select not in ("best", "last"):
         raise UsageError(f"select={cfg.select}: choose best or last")
+    _check_trainer(cfg)
     values = [word for word in overrides if not is_group(word, choices) and word[0] not in "+~"]
     defaults = compose("train", [word for word in overrides if word not in values])
     for word in values:
@@ -73,6 +136,33 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
             continue
         if expected and _kind(value) != expected and not schedule and not (expected == "number" and _whole(value)):
             raise UsageError(f"{word}: expected a {expected}, such as {default}")
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Refuse options of Lightning's Trainer that training here cannot honour, and numbers that train nothing."""
+    for key, value in cfg.trainer.items():
+        if key != "_target_" and key not in TRAINER:
+            reason = REFUSED.get(key, f"it is none of those that training here honours: {', '.join(TRAINER)}")
+            raise UsageError(f"trainer.{key}={value}: {reason}")
+    epochs = {"trainer.max_epochs": cfg.trainer.max_epochs}
+    fits = {"teacher": cfg.teacher, **{f"teacher.members.{k}": v for k, v in cfg.teacher.get("members", {}).items()}}
+    epochs |= {f"{name}.fit.epochs": part.fit.epochs for name, part in fits.items() if "fit" in part}
+    for key, value in epochs.items():
+        least = 1 if key == "trainer.max_epochs" else 0
+        if value is not None and not (_whole(value) and value >= least):
+            raise UsageError(f"{key}={value}: expected at least {least}; stages= leaves training out")
+    if cfg.trainer.get("limit_val_batches", 1) == 0:
+        raise UsageError("trainer.limit_val_batches=0: what ships is chosen on validation images")
+    precision = str(cfg.trainer.precision)
+    if precision not in PRECISIONS:
+        raise UsageError(f"trainer.precision={precision}: choose one of {', '.join(PRECISIONS)}")
+    if precision in ("16-true", "bf16-true") and (
+        cfg.ema is not None or cfg.teacher._target_ == "distill.teachers.Ema"
+    ):
+        raise UsageError(
+            f"trainer.precision={precision} has too few digits for a moving average of weights: choose "
+            "trainer.precision=bf16-mixed, or leave ema out"
+        )
 
 
 def _kind(value) -> str | None:

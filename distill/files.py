@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files of others: read without running anything, and no more than expected."""
 
 import hashlib
 import json
@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
+from distill.errors import UserError
+
+MOST = 1_000_000  # bytes of a record of ours (run.json, config.yaml, fit.json); they have a few thousand
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded temporary path; it takes `path`'s place only when all of it is on the disk.
 
     A kill or a full disk leaves the old file as it was; a temporary file left by a kill is overwritten.
+
+    Raises:
+        OSError: it can't be written; `filename` is `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
@@ -22,11 +31,15 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def content_key(described: dict) -> str:
+def content_key(described) -> str:
     """16 hex digits for plain values: the name, or part of it, of what is made from them and from nothing else."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -35,3 +48,52 @@ def file_stamp(path: Path, name: str) -> bytes:
     """A line that changes when the file does: what it is called, its bytes and time of change."""
     stat = os.stat(path)
     return os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
+
+
+def read_json(path: Path, most: int = 50 * MOST) -> dict:
+    """The JSON object in a file.
+
+    Args:
+        most: bytes that are read; a longer file is none of ours.
+
+    Raises:
+        UserError: it is missing, too long, or no JSON object.
+    """
+    return _object(path, most, json.loads, "JSON")
+
+
+def read_yaml(path: Path) -> dict:
+    """The YAML mapping in a file: plain values only, without tags, anchors and aliases (a few aliases of aliases are
+    gigabytes).
+
+    Raises:
+        UserError: it is missing, too long, or no such mapping.
+    """
+    return _object(path, MOST // 4, lambda text: yaml.load(text, Loader=_PlainLoader), "YAML")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values, each written out where it stands."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.events.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError("anchors and aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def _object(path: Path, most: int, parse, kind: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"it is longer than {most:,} characters")
+        found = parse(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged, or not one of ours ({reason[:200]}): delete it or its folder") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged, or not one of ours ({kind} of a {type(found).__name__})")
+    return found

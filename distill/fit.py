@@ -1,15 +1,17 @@
 """Training: Lightning's Trainer, checkpoints that survive a kill, exact resume, the best weights."""
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
@@ -27,13 +29,20 @@ from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.files import atomic, content_key
 from distill.keep import BEST, LAST, MONITOR, AtomicCheckpoints, Keep, position, read
-from distill.measure import agreement
+from distill.lines import Lines
+from distill.measure import accuracy_on, agreement
 from distill.module import Distill
 from distill.network import Network
 from distill.precision import precision, teaching
-from distill.progress import Lines, leads, say
+from distill.progress import leads, say
+from distill.sources import describe, layers, own_sources
 from distill.teachers import Committee, Ema, Frozen, Peer, Teacher, content_hash
 from distill.types import Outputs
+
+CROSS_ENTROPY = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.0, "weight": 1.0}
+MEMBERS_APART = 1000  # between the seeds of an ensemble's members: far from those of a sweep
+ROLE = ("checkpoint", "fit", "precision", "untrained")  # what a teacher is besides its network
+CHECKED = 512  # validation images that tell whether a teacher is better than chance
 
 
 def fit(
@@ -73,7 +82,7 @@ def fit(
         teacher,
         terms,
         weights,
-        instantiate(cfg.optimizer, lr=lr, _convert_="all"),
+        _optimizer(cfg, lr, trainer.precision),
         lambda epoch: factor(epoch, epochs),
         data.num_classes,
         ema=cfg.ema,
@@ -90,13 +99,25 @@ def fit(
         trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
     except SystemExit as end:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt if trainer.interrupted else end from None
+    except OSError as error:  # of a log, which does not say where
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; what was written before is whole"
+        ) from error
     chosen = {
         "last": {**keep.last, "state": _copy(module.shipped.net.state_dict())},
         "best": {**keep.best, "state": read_state(checkpoints / BEST)},
     }
     network.net.load_state_dict(chosen[cfg.select]["state"])
-    network.keep(()).eval().to("cpu")
+    network.keep(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in
     return chosen
+
+
+def _optimizer(cfg: DictConfig, lr: float, precision: str) -> Callable:
+    """Parameters to optimizer. A fused one steps before Lightning can clip what mixed precision has scaled."""
+    options = {"lr": lr}
+    if cfg.trainer.gradient_clip_val and precision.endswith("-mixed") and cfg.optimizer.get("fused"):
+        options["fused"] = False
+    return instantiate(cfg.optimizer, **options, _convert_="all")
 
 
 def _trainer(cfg: DictConfig, student: Network, epochs: int, callbacks: list, loggers: list) -> Trainer:
@@ -132,8 +153,18 @@ def _cached(
         return teacher, {"views": views, "view_seed": options["seed"]}
     device = trainer.strategy.root_device.type
     stored = min(views or epochs, epochs)
-    opened = open_cache(teacher, data, seen, stored, options, partial(identity, seed=options["seed"], device=device))
-    return (teacher, {}) if opened is None else (opened, {"views": stored, "view_seed": options["seed"]})
+    known_by = partial(identity, seen=seen, described=_described(cfg.teacher), seed=options["seed"], device=device)
+    opened = open_cache(teacher, data, seen, stored, options, known_by)
+    seen_views = views if opened is None else stored  # a run sees the views it asks for, kept or not
+    return opened or teacher, {"views": seen_views, "view_seed": options["seed"]}
+
+
+def _described(network: DictConfig) -> dict:
+    """What a network or committee is made of, without where its weights come from and what it computes in."""
+    kept = {key: value for key, value in build.plain(network).items() if key not in ROLE}
+    if "members" in kept:
+        kept["members"] = {name: _described(member) for name, member in kept["members"].items()}
+    return kept
 
 
 def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:
@@ -157,14 +188,17 @@ def teacher(cfg: DictConfig, data: Data) -> Teacher:
     if kind is Committee:
         if any(member.precision != "auto" for member in cfg.teacher.members.values()):
             raise UsageError("a member of teacher=ensemble has a precision of its own: set teacher.precision, for all")
-        members = [_trained(cfg, f"teacher {name}", member, data) for name, member in cfg.teacher.members.items()]
+        members = [
+            _trained(cfg, f"teacher {name}", member, data, cfg.seed + number * MEMBERS_APART)
+            for number, (name, member) in enumerate(cfg.teacher.members.items())
+        ]
         return frozen(cfg, Committee(members, cfg.teacher.weights), data)
     if kind is Peer:
         peer = build.network(cfg.teacher.network, data.num_classes, data.image_size, cfg.seed + 2)
-        return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight)
+        return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight, _ce(cfg).get("label_smoothing", 0.0))
     if kind is Ema:
         return Ema(build.network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
-    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data), data)
+    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data, cfg.seed), data)
 
 
 def frozen(cfg: DictConfig, network: nn.Module, data: Data) -> Frozen:
@@ -181,21 +215,42 @@ def _in_int8(data: Data, net: nn.Module) -> nn.Module:
     return small
 
 
-def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data) -> Network:
+def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed: int) -> Network:
     """A teacher's network with its weights: given, fitted before, or fitted now.
 
     fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
-    N fine-tunes what there is; 0 takes it as it is.
+    N fine-tunes what there is; 0 takes it as it is. It is fitted by the cross-entropy alone and its best epoch is
+    taken, whatever is set for the student's training.
     """
     given = described.checkpoint or (_pretrained(described) and data.num_classes == 1000)
     epochs = described.fit.epochs
     if epochs is None:
         epochs = 0 if given else cfg.trainer.max_epochs
-    network = build.network(described, data.num_classes, data.image_size, cfg.seed, fresh_head=epochs > 0)
+    network = build.network(described, data.num_classes, data.image_size, seed, fresh_head=epochs > 0)
     if epochs > 0:
-        return _fit_once(cfg, name, described, network, {"ce": _ce(cfg)}, data, epochs, described.fit.lr)
+        own = copy.deepcopy(cfg)
+        own.seed, own.ema, own.early_stopping, own.select = seed, None, None, "best"
+        return _fit_once(own, name, described, network, {"ce": CROSS_ENTROPY}, data, epochs, described.fit.lr)
     say(f"{name}: {type(network.net).__name__} as given ({described.checkpoint or 'its own weights'})")
+    if not described.untrained:
+        _refuse_chance(name, network, data)
     return network
+
+
+def _refuse_chance(name: str, network: Network, data: Data) -> None:
+    """Raises UserError where a network that was given, not fitted here, is no better than guessing on up to CHECKED
+    validation images: within three standard errors of always saying the most frequent class."""
+    rows = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:CHECKED]
+    batches = (data.val[part, torch.zeros_like(part)] for part in rows.split(data.batch_size))
+    net = network.plain()
+    right = accuracy_on(net, batches)
+    share = data.val.labels.bincount().max().item() / len(data.val)
+    if right <= share + 3 * (share * (1 - share) / len(rows)) ** 0.5:
+        raise UserError(
+            f"the {name} answers {right:.1%} of {len(rows)} validation images rightly, which is chance ({share:.1%}): "
+            "give it trained weights of these classes, in their order, and its mean and std (teacher.checkpoint=FILE), "
+            "or fit it (teacher.fit.epochs=N); teacher.untrained=true lets it teach all the same"
+        )
 
 
 def student_alone(cfg: DictConfig, data: Data) -> Network:
@@ -219,7 +274,7 @@ def _pretrained(cfg: DictConfig) -> bool:
 
 def _ce(cfg: DictConfig) -> dict:
     """The cross-entropy of the run, with its label smoothing, at full weight."""
-    return {**build.plain(cfg.loss).get("ce", {"_target_": "distill.losses.ce.CE"}), "weight": 1.0}
+    return {**build.plain(cfg.loss).get("ce", CROSS_ENTROPY), "weight": 1.0}
 
 
 def _fit_once(
@@ -229,9 +284,8 @@ def _fit_once(
 
     The weights lie in cfg.store under the hash of all that decides them, so that runs and sweeps share them.
     """
-    described = build.plain(described)
     decides = {
-        "network": {key: value for key, value in described.items() if key not in ("checkpoint", "fit", "precision")},
+        "network": _described(described),
         "weights": content_hash(network),
         "images": data.fingerprint,
         "loss": losses,
@@ -242,6 +296,8 @@ def _fit_once(
     decides["optimizer"]["lr"] = lr
     decides["trainer"].pop("max_epochs")
     decides["data"].pop("num_workers", None)
+    own = own_sources([layers(network.net), describe(data.train.transform)])
+    decides |= {"source": own} if own else {}
     key = content_key(decides)
     folder = Path(cfg.store) / f"{'student' if name == 'student alone' else 'teacher'}-{key}"
     weights = folder / "weights.safetensors"
@@ -259,7 +315,7 @@ def _fit_once(
             if leads():
                 decides |= {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
                 with atomic(folder / "fit.json") as temporary:
-                    temporary.write_text(json.dumps(decides, indent=2))
+                    temporary.write_text(json.dumps(decides, indent=2), encoding="utf-8")
                 save_weights(network.net, weights, {})
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return network.keep(()).eval()

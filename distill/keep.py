@@ -20,8 +20,12 @@ class AtomicCheckpoints(CheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+        try:
+            with atomic(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+            reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).partition(chr(10))[0]}"
+            raise UserError(f"{path} cannot be written ({reason}); the checkpoint before it is whole") from error
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
         return read(Path(path), map_location)

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from distill import trust
 from distill.checkpoints import load_weights, read_metadata, save_weights
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.files import atomic
+from distill.files import atomic, read_yaml
 from distill.network import Network
 from distill.progress import leads
+from distill.runs import read_record
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
 FREE = (
@@ -38,9 +40,11 @@ FREE = (
     "experiment",
     "store",
     "baseline",
+    "trust",
 )
 STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
-OURS = "distill.models."  # what a student's file may name without being trusted
+MADE = (STUDENT, STUDENT_LAST, "checkpoints", "metrics", "compress", "export", "report.json")  # by a run's stages
+LARGEST = 8192  # px: sides of images that a student's file may ask for
 PATIENCE = 10  # seconds: a killed run's loader processes notice within five, and hold its lock until then
 STARTING_POINT = ("checkpoint", "weights", "pretrained")  # what training began with is not needed any more
 
@@ -65,7 +69,7 @@ class Run:
     def save_student(self, student: Network, epochs: dict, data: Data) -> None:
         """student_last.safetensors and student.safetensors (the selected epoch), each with what rebuilds it."""
         described = OmegaConf.to_container(self.cfg.student, resolve=True)
-        described = {key: value for key, value in described.items() if key not in STARTING_POINT}
+        described = _without(STARTING_POINT, described)
         for file, which in ((STUDENT_LAST, "last"), (STUDENT, self.cfg.select)):
             student.net.load_state_dict(epochs[which]["state"])
             metadata = {
@@ -80,8 +84,8 @@ class Run:
             save_weights(student.net, self.folder / file, texts)
 
     def student(self, file: str = STUDENT) -> Network:
-        """The student, rebuilt from its file."""
-        return rebuild(self.folder / file, trust=True)
+        """The student, rebuilt from its file, which may name what this run's configuration names."""
+        return rebuild(self.folder / file, trusted=trust.targets(OmegaConf.to_container(self.cfg.student)))
 
     def identity(self) -> dict:
         """Which run a file comes from: goes into every artifact."""
@@ -94,7 +98,7 @@ class Run:
 
     def context(self) -> dict:
         """What the report says of the run."""
-        saved = {key: json.loads(value) for key, value in read_metadata(self.folder / STUDENT).items()}
+        saved = read_description(self.folder / STUDENT)
         chosen = f"{saved['selected']} epoch, {saved['epoch']}"
         command = " ".join(["python train.py", *(shlex.quote(word) for word in self.record["overrides"])])
         return {**self.identity(), "command": command, "student's epoch": chosen}
@@ -104,7 +108,20 @@ class Run:
         if not leads():
             return
         with atomic(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(self.record, indent=2))
+            temporary.write_text(json.dumps(self.record, indent=2), encoding="utf-8")
+
+    def failed(self, error: BaseException) -> None:
+        """Say in run.json that it ended by `error`; on a full disk, in the place that the file has already."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        try:
+            self.write(status="failed", error=reason, ended=_now())
+        except OSError:
+            path = self.folder / "run.json"
+            with contextlib.suppress(OSError, ValueError):
+                record = json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"status": "failed"}, indent=2)
+                if len(record.encode()) <= path.stat().st_size:
+                    with open(path, "r+b") as file:
+                        file.write(record.encode().ljust(path.stat().st_size))
 
 
 @contextlib.contextmanager
@@ -112,11 +129,13 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     """The run that this command line starts or continues; how it ended is written into its run.json.
 
     A continued run is composed anew from its own command line with the present one's words added, so that
-    groups can be chosen again (`stages=[compress,export,report] compress=...`).
+    groups can be chosen again (`stages=[compress,export,report] compress=...`). A folder in which nothing was made yet
+    (the first command was refused) takes any configuration.
 
     Raises:
         UsageError: the folder holds a run of another configuration.
-        UserError: another process is at work in it.
+        UserError: another process is at work in it, its records are damaged, or what it says names something that
+            isn't this package's (see distill/trust.py) and trust=true is not given.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     with _alone_in(folder):
@@ -125,7 +144,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         try:
             yield run
         except BaseException as error:
-            run.write(status="failed", error=" ".join(str(error).split()) or type(error).__name__, ended=_now())
+            run.failed(error)
             raise
         run.write(status="done", ended=_now())
 
@@ -145,37 +164,47 @@ def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
 
 def _opened(folder: Path, cfg: DictConfig) -> Run:
     hydra = HydraConfig.get()
-    words = list(hydra.overrides.task)
-    choices = {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")}
+    words = [word for word in hydra.overrides.task if not word.startswith("trust=")]  # trust is for one command
     record = {
-        "choices": choices,
+        "choices": {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")},
         "overrides": words,
         "versions": _versions(),
         "git": _git_commit(),
         "created": _now(),
     }
-    if (folder / "run.json").is_file():
-        record = json.loads((folder / "run.json").read_text())
+    begun, trusts = any((folder / name).exists() for name in MADE), cfg.trust
+    if (folder / "run.json").is_file() and (begun or cfg.run is not None):
+        record = read_record(folder)
         if cfg.run is not None:
-            words = [word for word in words if not word.startswith("run=")]
-            # a group chosen anew forgets what was set in the old one
-            again = {word.partition("=")[0] for word in words}
-            words = [*(word for word in record["overrides"] if re.split("[.=]", word)[0] not in again), *words]
-            cfg = compose("train", words)
-        _refuse_change(folder, record["overrides"], cfg)
+            cfg, words = _continued(folder, record["overrides"], words, trusts)
+        if begun:
+            _refuse_change(folder, record["overrides"], cfg)
         record["overrides"] = words
     with open_dict(cfg):
-        cfg.name, cfg.run = folder.name, None
+        cfg.name, cfg.run, cfg.trust = folder.name, None, trusts
     if leads():
         with atomic(folder / "config.yaml") as temporary:
-            temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
+            temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     return Run(folder, cfg, record)
+
+
+def _continued(folder: Path, recorded: list[str], words: list[str], trusts: bool) -> tuple[DictConfig, list[str]]:
+    """The configuration of a run's recorded words with those of the present command line, and these words."""
+    words = [word for word in words if not word.startswith("run=")]
+    given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
+    # a group chosen anew forgets what was set in the old one
+    again = {word.partition("=")[0] for word in words}
+    words = [*(word for word in recorded if re.split("[.=]", word)[0] not in again), *words]
+    cfg = compose("train", words)
+    if not trusts:
+        trust.check(OmegaConf.to_container(cfg, resolve=True), folder, given)
+    return cfg, words
 
 
 def _refuse_change(folder: Path, words: list[str], new: DictConfig) -> None:
     """Options that came into being after the run was made have the values that its `words` give them now."""
     known, new = (OmegaConf.to_container(cfg, resolve=True) for cfg in (compose("train", words), new))
-    old = OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(folder / "config.yaml")))
+    old = _merged(known, read_yaml(folder / "config.yaml"))
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     if changed:
         raise UsageError(
@@ -184,12 +213,20 @@ def _refuse_change(folder: Path, words: list[str], new: DictConfig) -> None:
         )
 
 
+def _merged(old, new):
+    """`old` with what `new` says, mappings key by key."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merged(old[key], value) if key in old else value for key, value in new.items()}
+
+
 def load_student(folder: str | Path, trust: bool = False) -> nn.Module:
     """The student of a finished run as a plain network: images (N, 3, H, W) in [0, 1] to logits (N, K).
 
     Args:
         folder: the run's folder, or a student.safetensors.
-        trust: also build networks of other packages than distill, whose name the file gives.
+        trust: also build what is not a network of this package, torchvision or timm, and so runs code that the file
+            names (see distill/trust.py).
 
     Raises:
         UserError: no student there, a damaged file, or a network that `trust` would have to allow.
@@ -198,36 +235,55 @@ def load_student(folder: str | Path, trust: bool = False) -> nn.Module:
     return rebuild(path / STUDENT if path.is_dir() else path, trust).plain()
 
 
-def rebuild(file: Path, trust: bool = False) -> Network:
-    """`load_student` with its taps, from the file."""
+def rebuild(file: Path, trusts: bool = False, trusted: Iterable[str] = ()) -> Network:
+    """`load_student` with its taps, from the file.
+
+    Args:
+        trusts: build whatever the file names.
+        trusted: names that it may give besides those that are registered, see distill/trust.py.
+    """
     from distill import build
 
     if not file.is_file():
         raise UserError(
             f"no {file}: the run's distill stage is not finished; python train.py run={file.parent} goes on"
         )
-    metadata = read_metadata(file)
-    if "network" not in metadata:
-        raise UserError(f"{file} does not say which network it belongs to: it is not a student that a run saved")
-    described = json.loads(metadata["network"])
-    foreign = [target for target in _targets(described) if not target.startswith(OURS)]
-    if foreign and not trust:
-        raise UserError(
-            f"{file} is built by {foreign[0]}, outside of {OURS}*: load_student(..., trust=True) runs it, "
-            "if you trust the file"
-        )
-    classes, image_size = json.loads(metadata["classes"]), json.loads(metadata["image_size"])
+    saved = read_description(file)
+    described = _without(STARTING_POINT, saved["network"])
+    if not trusts:
+        trust.check({"student": described}, file, tuple(trusted))
+    classes, image_size = saved["classes"], saved["image_size"]
     network = build.network(OmegaConf.create({**described, "checkpoint": None}), len(classes), image_size, seed=0)
     load_weights(network.net, file)
     return network.eval()
 
 
-def _targets(node) -> list[str]:
-    """Every `_target_` of a configuration, at any depth: all of them would be called."""
+def read_description(file: Path) -> dict:
+    """What `save_student` wrote beside the weights.
+
+    Raises:
+        UserError: the file says nothing of it, or nothing that makes sense.
+    """
+    metadata = read_metadata(file)
+    if "network" not in metadata:
+        raise UserError(f"{file} does not say which network it belongs to: it is not a student that a run saved")
+    try:
+        saved = {key: json.loads(value) for key, value in metadata.items()}
+        kinds = {"network": dict, "classes": list, "image_size": int}
+        wrong = [key for key, kind in kinds.items() if type(saved.get(key)) is not kind]
+    except (ValueError, RecursionError):
+        wrong = ["metadata"]
+    if wrong or not 0 < saved["image_size"] <= LARGEST or not saved["classes"]:
+        raise UserError(f"{file} is damaged: what it says of its {(wrong or ['images'])[0]} can't be read")
+    return saved
+
+
+def _without(keys: Iterable[str], node):
+    """Plain values of which no target, at any depth, has these arguments."""
     if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for child in node.values() for target in _targets(child)]
-    return [target for child in node for target in _targets(child)] if isinstance(node, list) else []
+        dropped = keys if "_target_" in node else ()
+        return {key: _without(keys, child) for key, child in node.items() if key not in dropped}
+    return [_without(keys, child) for child in node] if isinstance(node, list) else node
 
 
 def _versions() -> dict[str, str]:

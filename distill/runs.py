@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
-from omegaconf import OmegaConf
 
 from distill.errors import UserError
+from distill.files import MOST, read_json, read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def folders(root: str | Path = "outputs") -> list[Path]:
     """The folders of all runs under `root`, oldest first."""
     found = [file.parent for file in Path(root).rglob("run.json")]
-    return sorted(found, key=lambda folder: (_read(folder / "run.json")["created"], str(folder)))
+    return sorted(found, key=lambda folder: (read_record(folder)["created"], str(folder)))
 
 
 def models(*roots: str | Path) -> pd.DataFrame:
@@ -33,7 +32,7 @@ def models(*roots: str | Path) -> pd.DataFrame:
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
         if (folder / "report.json").is_file():
-            rows += [_identity(folder) | row for row in _read(folder / "report.json")["rows"]]
+            rows += [_identity(folder) | row for row in read_json(folder / "report.json")["rows"]]
     return pd.DataFrame(rows)
 
 
@@ -45,9 +44,9 @@ def summary(*roots: str | Path) -> pd.DataFrame:
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
         row = {key: value for key, value in _identity(folder).items() if key != "folder"}
-        row["status"] = _read(folder / "run.json")["status"]
+        row["status"] = read_record(folder)["status"]
         if (folder / "report.json").is_file():
-            by_name = {model["name"]: model for model in _read(folder / "report.json")["rows"]}
+            by_name = {model["name"]: model for model in read_json(folder / "report.json")["rows"]}
             for name in ("teacher", "student alone", "student"):
                 row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
             if row["student alone top-1"] is not None:
@@ -83,22 +82,31 @@ def curves(folder: str | Path) -> pd.DataFrame:
 
 
 def _identity(folder: Path) -> dict:
-    record, cfg = _read(folder / "run.json"), OmegaConf.load(folder / "config.yaml")
+    record, cfg = read_record(folder), read_yaml(folder / "config.yaml")
     return {
         "run": folder.name,
         "folder": str(folder),
         **record["choices"],
-        "loss": "+".join(cfg.loss),
-        "seed": cfg.seed,
+        "loss": "+".join(cfg["loss"]),
+        "seed": cfg["seed"],
         "overrides": " ".join(record["overrides"]),
     }
 
 
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder or run it again") from error
+def read_record(folder: Path) -> dict:
+    """A run's run.json.
+
+    Raises:
+        UserError: it is not one that a run wrote.
+    """
+    record = read_json(folder / "run.json", MOST)
+    words = record.get("overrides")
+    kinds = {"choices": dict, "overrides": list, "created": str, "versions": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    # Hydra's own options are never among a run's words: they could name folders and packages to search
+    if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
+        raise UserError(f"{folder}/run.json is damaged, or not one of ours ({(wrong or ['overrides'])[0]})")
+    return record
 
 
 class SweepTable(Callback):

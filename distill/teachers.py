@@ -8,10 +8,10 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distill.compress.dynamic_int8 import fold_batch_norm
 from distill.errors import UserError
+from distill.losses.ce import CE
 from distill.losses.kd import kd
 from distill.network import Network
 from distill.types import Batch, Outputs
@@ -198,20 +198,22 @@ class Peer(Teacher):
     Args:
         network: the second student.
         temperature, weight: T, w.
+        label_smoothing: of its cross-entropy, see distill.losses.ce, which takes mixed images' labels by their shares.
     """
 
     fixed, learns = False, True
 
-    def __init__(self, network: Network, temperature: float = 1.0, weight: float = 1.0):
+    def __init__(self, network: Network, temperature: float = 1.0, weight: float = 1.0, label_smoothing: float = 0.0):
         super().__init__()
         self.network = network
         self.temperature, self.weight = temperature, weight
+        self.labels = CE(label_smoothing)
 
     def forward(self, batch: Batch) -> Outputs:
         return self.network(batch.images)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        own = F.cross_entropy(teacher.logits, batch.labels)
+        own = self.labels(teacher, None, batch)
         return own + self.weight * kd(teacher.logits, student.logits, self.temperature)
 
 
@@ -236,7 +238,7 @@ class Ema(Teacher):
             raise UserError(f"teacher.decay={decay}: expected a number from 0 to below 1, such as 0.999")
         self.network = copy.deepcopy(student).requires_grad_(False).eval()
         self.decay = decay
-        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def train(self, mode: bool = True) -> "Ema":
         super().train(mode)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,8 +24,9 @@ class Outputs(NamedTuple):
     features: dict[str, Tensor]  # by tap name: maps (N, C, H, W), tokens (N, T, D) or vectors (N, D)
 
     def float(self) -> "Outputs":
-        """The same in float32: losses are computed outside of autocast."""
-        return Outputs(self.logits.float(), {name: value.float() for name, value in self.features.items()})
+        """The same in float32, float64 apart: losses are computed outside of autocast."""
+        whole = (lambda value: value) if self.logits.dtype == torch.float64 else (lambda value: value.float())
+        return Outputs(whole(self.logits), {name: whole(value) for name, value in self.features.items()})
 
     def detach(self) -> "Outputs":
         return Outputs(self.logits.detach(), {name: value.detach() for name, value in self.features.items()})

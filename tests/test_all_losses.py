@@ -17,7 +17,7 @@ from distill.data.digits import digits
 from distill.errors import UserError
 from distill.module import Distill
 from distill.teachers import Frozen
-from distill.types import Batch
+from distill.types import Batch, Outputs
 
 # those of OTHER_STUDENTS belong to one student: deit to a distillation head, simkd to the teacher's classifier
 NAMES = [name for name in ALL if name not in OTHER_STUDENTS]
@@ -160,3 +160,44 @@ def test_one_image_is_enough_or_refused_by_name(name, cfg, data, pair, batch):
     else:
         assert torch.isfinite(total)
         assert all(each is None or torch.isfinite(each).all() for each in gradients(module, total))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_and_equal_images_have_gradients_of_the_usual_size(name, cfg, data, fresh, batch):
+    """One image all of whose activations are zero, in the student, in the teacher or in both; two that are equal."""
+    module = distil(cfg, data, [name], *fresh)
+    with torch.no_grad():
+        ours, theirs = module.student.eval()(batch.images).float(), module.teacher(batch).float()
+    constants = {**module.student.tensors(), **module.teacher.network.tensors()}
+
+    def changed(outputs: Outputs, change) -> Outputs:
+        values = {"logits": outputs.logits, **outputs.features}
+        for key in values.keys() - constants.keys():
+            value = values[key].clone().contiguous()
+            change(value)
+            values[key] = value
+        values = {key: value.detach().requires_grad_() for key, value in values.items()}
+        return Outputs(values.pop("logits"), values)
+
+    def largest(change_ours, change_theirs) -> float:
+        student, teacher = changed(ours, change_ours), changed(theirs, change_theirs)
+        total = copy.deepcopy(module.losses[name])(student, teacher, batch)
+        assert torch.isfinite(total)
+        leaves = [student.logits, *student.features.values()]
+        found = [each for each in torch.autograd.grad(total, leaves, allow_unused=True) if each is not None]
+        assert all(torch.isfinite(each).all() for each in found)
+        return max(each.abs().max().item() for each in found)
+
+    def as_it_is(value):
+        pass
+
+    def dead(value):
+        value[0] = 0
+
+    def equal(value):
+        value[1] = value[0]
+
+    usual = largest(as_it_is, as_it_is)
+    for change in (dead, equal):
+        for pair in ((change, as_it_is), (as_it_is, change), (change, change)):
+            assert largest(*pair) <= 1e3 * max(usual, 1e-3), [each.__name__ for each in pair]

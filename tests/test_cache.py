@@ -1,8 +1,10 @@
+import importlib
 import json
 import math
 import multiprocessing
 import os
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +14,12 @@ from torch import nn
 
 from distill import cache
 from distill.cache import Cached, Rows, TopK, identity, open_cache
+from distill.data.augment import chain
 from distill.data.fake import fake
 from distill.errors import UsageError
 from distill.network import Network
 from distill.sizes import human, parse_bytes
+from distill.sources import describe
 from distill.teachers import Committee, Ema, Frozen
 from distill.types import Batch
 
@@ -64,7 +68,7 @@ def opened(taught_by, data, folder, views=2, **options) -> Cached:
         example,
         views,
         {**OPTIONS, "folder": folder, **options},
-        lambda t, d, **kind: identity(t, d, 0, "cpu", **kind),
+        lambda t, d, **kind: identity(t, d, example, {}, 0, "cpu", **kind),
     )
 
 
@@ -138,7 +142,7 @@ def test_images_outside_of_the_training_set_are_always_asked(tmp_path, data):
     assert taught_by.asked == 16 and not list(cached.folder.glob("*.rows"))
 
 
-def folder_of(tmp_path, data, taught_by, seed=0, **options):
+def folder_of(tmp_path, data, taught_by, seed=0, described=(), **options):
     example = taught_by(data.train[[0, 1], [0, 0]])
     return open_cache(
         taught_by,
@@ -146,7 +150,7 @@ def folder_of(tmp_path, data, taught_by, seed=0, **options):
         example,
         1,
         {**OPTIONS, "folder": tmp_path, **options},
-        lambda t, d, **kind: identity(t, d, seed, "cpu", **kind),
+        lambda t, d, **kind: identity(t, d, example, dict(described), seed, "cpu", **kind),
     ).folder
 
 
@@ -409,3 +413,46 @@ def test_a_batch_of_several_views_is_a_programming_error(tmp_path, data):
     assert isinstance(batch, Batch)
     with pytest.raises(ValueError, match="one view"):
         opened(teacher(), data, tmp_path)(batch)
+
+
+def test_the_key_knows_how_a_network_computes_and_with_what(tmp_path, data, monkeypatch):
+    """Two networks with the same weights, layers and images; another configuration; another library."""
+    alike, bent = (Frozen(Network(Small(10, 0), {}, [0.5] * 3, [0.5] * 3)) for _ in range(2))
+    bent.network.net.linear.forward = lambda x: nn.functional.linear(x, bent.network.net.linear.weight)  # no bias
+    monkeypatch.setattr(Frozen, "_quick", lambda self, images: lambda images: self.network(images).logits)
+    folders = [folder_of(tmp_path, data, alike), folder_of(tmp_path, data, bent)]
+    folders.append(folder_of(tmp_path, data, alike, described={"heads": 6}))
+    monkeypatch.setattr(cache, "version", lambda package: "9.9")
+    folders.append(folder_of(tmp_path, data, alike))
+    assert len(set(folders)) == 4
+
+
+OWN = """
+class Brighter:
+    count = 1
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, images, uniforms, size):
+        return (images.int() + self.by).clamp(0, 255).byte()
+"""
+
+
+def test_the_key_of_an_augmentation_of_ones_own(tmp_path, data, monkeypatch):
+    """The same for another object and in another process; another with other options, or another source."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def folder(by: int, source: str = OWN):
+        (tmp_path / "own_for_cache.py").write_text(source)
+        sys.modules.pop("own_for_cache", None)
+        importlib.invalidate_caches()
+        sys.dont_write_bytecode = True
+        kind = importlib.import_module("own_for_cache").Brighter
+        bright = replace(data, train=replace(data.train, transform=chain({"own": kind(by)}, None)))
+        return folder_of(tmp_path, bright, teacher())
+
+    assert folder(3) == folder(3) != folder(4)
+    assert folder(3) != folder(3, OWN.replace("+ self.by", "- self.by"))
+    described = json.dumps(describe(chain({"own": importlib.import_module("own_for_cache").Brighter(3)}, None)))
+    assert "0x" not in described and "own_for_cache.Brighter@" in described

@@ -617,8 +617,8 @@ def test_image_size(tmp_path):
 
 
 @pytest.mark.parametrize("mode, value, expected", [
-    ("L", 90, [90] * 3), ("P", 0, [0] * 3), ("RGBA", (10, 20, 30, 128), [10, 20, 30]), ("1", 1, [255] * 3),
-    ("LA", (90, 10), [90] * 3), ("I;16", 90 * 256, [90] * 3), ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
+    ("L", 90, [90] * 3), ("P", 0, [0] * 3), ("RGBA", (10, 20, 30, 128), [132, 137, 142]), ("1", 1, [255] * 3),
+    ("LA", (90, 10), [249] * 3), ("I;16", 90 * 256, [90] * 3), ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
 ])  # fmt: skip
 def test_every_mode_becomes_rgb(tmp_path, mode, value, expected):
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
@@ -626,6 +626,30 @@ def test_every_mode_becomes_rgb(tmp_path, mode, value, expected):
     pixels = read(path)
     assert pixels.shape == (5, 4, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels[2, 2].astype(int) - expected).max() <= 2  # JPEG
+
+
+@pytest.mark.parametrize("key", [0, b"\x00", (10, 20, 30)], ids=["palette", "palette of alphas", "colour"])
+def test_hidden_colours_are_seen_on_white(tmp_path, key):
+    mode = "RGB" if isinstance(key, tuple) else "P"
+    Image.new(mode, (4, 4), key if mode == "RGB" else 0).save(tmp_path / "image.png", transparency=key)
+    assert (read(tmp_path / "image.png") == 255).all()
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    values = np.array([[0, 90 * 256, 65535]], dtype=np.uint16)
+    (tmp_path / "image.pgm").write_bytes(b"P5 3 1 65535\n" + values.byteswap().tobytes())
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    for name in ("image.pgm", "image.tif"):
+        assert read(tmp_path / name)[0, :, 0].tolist() == [0, 90, 255]
+
+
+@pytest.mark.parametrize("values", [np.float32(0.5), np.float32(200), np.int32(90), np.int32(10**6)])
+def test_values_of_an_unknown_range_are_refused_by_name_before_training(tmp_path, values):
+    root = make_folder(tmp_path, {"a": 10, "b": 10}, size=(80, 80))
+    Image.fromarray(np.full((80, 80), values)).save(root / "a" / "004.tif")
+    with pytest.raises(ImageError, match=r"004\.tif .*no range that is agreed on") as raised:
+        imagefolder(str(root), 4, 0)
+    one_line(raised)
 
 
 def test_photos_are_turned_upright(tmp_path):
@@ -649,6 +673,47 @@ def test_other_files_are_ignored(tmp_path):
     make_folder(root / "a", {"deeper": 3})
     data = imagefolder(str(root), 4, 0)
     assert data.classes == ["a", "b"] and len(data.train) + len(data.val) + len(data.test) == 23
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("training", "testing"), ("TRAIN", "Validation", "test"), ("train", "dev", "TESTING")]
+)
+def test_splits_have_usual_names_in_any_case(tmp_path, names):
+    for name in names:
+        make_folder(tmp_path / name, {"a": 10, "b": 10})
+    data = imagefolder(str(tmp_path), 4, 0)
+    assert data.classes == ["a", "b"] and len(data.test) == 20 and len(data.train) == (18 if len(names) == 2 else 20)
+
+
+def test_a_class_may_be_named_as_a_split(tmp_path):
+    make_folder(tmp_path, {"bus": 10, "train": 10})
+    assert imagefolder(str(tmp_path), 4, 0).classes == ["bus", "train"]
+
+
+def test_what_lies_beside_the_splits_is_told(tmp_path, capsys):
+    for name in ("train", "test", "extra"):
+        make_folder(tmp_path / name, {"a": 10, "b": 10})
+    imagefolder(str(tmp_path), 4, 0)
+    assert "extra beside train, test are left out" in capsys.readouterr().out
+
+
+def test_images_that_training_does_not_see_are_read_before_it(tmp_path):
+    """Of the others their headers; once for the same files."""
+    for split in ("train", "test"):
+        make_folder(tmp_path / "set" / split, {"a": 10, "b": 10}, size=(90, 90), vary=1)
+    root, store = tmp_path / "set", str(tmp_path / "store")
+    imagefolder(str(root), 4, 0, store=store)
+    assert len(list(Path(store).glob("*.checked"))) == 1
+    path = root / "test/b/003.png"
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"<html>"):
+        path.write_bytes(content)
+        with pytest.raises(ImageError, match=r"test/b/003\.png"):
+            imagefolder(str(root), 4, 0, store=store)
+    path.write_bytes(whole)
+    (root / "train/a/000.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"train/a/000\.png"):
+        imagefolder(str(root), 4, 0, store=store)
 
 
 def bad(root: Path, what: str) -> str:
@@ -677,7 +742,42 @@ def bad(root: Path, what: str) -> str:
         for split in ("train", "val", "valid"):
             make_folder(root / split, {"a": 10, "b": 10})
         return "val and valid"
+    if what == "two sets":
+        make_folder(root / "first" / "train", {"a": 10, "b": 10})
+        make_folder(root / "second" / "Training", {"a": 10, "b": 10})
+        return "holds data sets .first, second have training images"
+    if what == "two trainings":
+        make_folder(root / "train", {"a": 10, "b": 10})
+        make_folder(root / "Training", {"a": 10, "b": 10})
+        return "Training and train: keep one of them, for train"
     make_folder(root, {"a": 10, "b": 10})
+    if what == "loop":
+        (root / "a" / "again").symlink_to(root, target_is_directory=True)
+        return "again.* is a link to a folder that it is in"
+    if what == "class linked twice":
+        (root / "c").symlink_to(root / "a", target_is_directory=True)
+        return "a/000.png and c/000.png .*are the same file"
+    if what == "same file in training and test":
+        for split in ("train", "test"):
+            make_folder(root / split, {"a": 10, "b": 10})
+        (root / "test/a/000.png").unlink()
+        os.link(root / "train/a/005.png", root / "test/a/000.png")
+        return "train/a/005.png and test/a/000.png .*are the same file"
+    if what == "file linked in a class":
+        (root / "b" / "x.png").symlink_to(root / "b" / "001.png")
+        return "b/001.png and b/x.png .*are the same file"
+    if what == "link to nothing":
+        (root / "b" / "x.png").symlink_to(root / "nowhere.png")
+        return "cannot read the image .*x.png"
+    if what == "line break":
+        (root / "b").rename(root / "b\nc")
+        return r"class 'b.nc' has signs that are no text"
+    if what == "separator":
+        (root / "b").rename(root / "b\u2028c")
+        return r"class 'b.u2028c' has signs that are no text"
+    if what == "no text":
+        os.rename(root / "b", os.fsencode(root) + b"/b\xff")
+        return r"class 'b.udcff' has signs that are no text"
     path = root / "b" / "004.png"
     path.write_bytes(path.read_bytes()[:200] if what == "cut off" else b"<html>not found</html>")
     return f"cannot read the image {path}"
@@ -685,7 +785,8 @@ def bad(root: Path, what: str) -> str:
 
 @pytest.mark.parametrize("what", [
     "missing", "empty", "one class", "empty class", "tiny class", "other classes", "no train",
-    "two validations", "cut off", "not an image",
+    "two validations", "cut off", "not an image", "two sets", "two trainings", "loop", "class linked twice",
+    "same file in training and test", "file linked in a class", "link to nothing", "line break", "separator", "no text",
 ])  # fmt: skip
 def test_bad_folders_are_one_line(tmp_path, what):
     expected = bad(tmp_path, what)
@@ -693,6 +794,20 @@ def test_bad_folders_are_one_line(tmp_path, what):
     with pytest.raises(UserError, match=expected) as raised:
         imagefolder(str(root), 4, 0)
     one_line(raised)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    root, scandir = make_folder(tmp_path, {"a": 10, "b": 10}), os.scandir
+    (root / "b" / "closed").mkdir()
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot read the folder .*closed \(Permission denied\)"):
+        imagefolder(str(root), 4, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -197,11 +197,35 @@ def test_unreadable_shards_are_one_line(tmp_path, harm):
     assert ("no shard" if harm == "gone" else "cannot read the shard") in str(raised.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_is_named(tmp_path, workers):
+def test_a_corrupt_image_is_named_before_training(tmp_path):
     make_shards(tmp_path / "train", 2, 12, 80)
     path = write_tar(tmp_path / "train-002.tar", {"bad.png": b"no image", "bad.cls": b"1"})
-    data = webdataset(f"{tmp_path}/train-*.tar", 25, workers, image_size=32, val_fraction=0.01, test_fraction=0.01)
-    with pytest.raises(ImageError, match=f"cannot read the image bad of {path}") as raised:
-        list(data.train_loader(0)), list(data.val_loader()), list(data.test_loader())
+    with pytest.raises(
+        ImageError, match=f"cannot read the image bad of {path} .cannot identify image file.:"
+    ) as raised:
+        webdataset(f"{tmp_path}/train-*.tar", 25, 0, image_size=32, val_fraction=0.01, test_fraction=0.01)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_whose_end_is_missing_is_named(tmp_path, workers):
+    """In training, whose images are not decoded before it."""
+    make_shards(tmp_path / "train", 2, 12, 80)
+    members = {
+        f"{n}{part}": content
+        for n in range(9)
+        for part, content in ((".png", image_bytes(1, n, 80)[:9000]), (".cls", b"1"))
+    }
+    path = write_tar(tmp_path / "train-002.tar", members)
+    make_shards(tmp_path / "test", 2, 12, 80)
+    words = {"val": f"{tmp_path}/test-000.tar", "test": f"{tmp_path}/test-001.tar"}
+    data = webdataset(f"{tmp_path}/train-*.tar", 25, workers, image_size=32, **words)
+    with pytest.raises(ImageError, match=f"of {path}") as raised:
+        list(data.train_loader(0))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_shard_in_two_splits_is_refused(tmp_path):
+    make_shards(tmp_path / "train", 2, 12, 80)
+    with pytest.raises(UserError, match=r"train-000.tar is in (train and in test|test and in train)"):
+        webdataset(f"{tmp_path}/*.tar", 4, 0, test=f"{tmp_path}/train-000.tar")

@@ -19,8 +19,10 @@ from distill.checkpoints import load_weights, save_weights
 from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.ab import AB, ab
+from distill.losses.at import at
 from distill.losses.cat_kd import CATKD, cat_kd, class_maps
 from distill.losses.cwd import CWD, cwd
+from distill.losses.dist import dist
 from distill.losses.fsp import FSP, fsp
 from distill.losses.ft import FT, ft
 from distill.losses.mgd import MGD, mgd
@@ -881,3 +883,20 @@ def test_simkd_wants_the_teachers_classifier_and_a_body_that_pools(teacher_file,
     )
     body = partial(torch.nn.Sequential, torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 5))
     assert "the pooling is no module" in error_of(simkd_model, body, 5, 16, 32)
+
+
+@pytest.mark.parametrize("loss", ["at", "cat_kd", "ft", "nst", "dist"])
+def test_an_image_of_zeros_has_gradients_of_the_usual_size(loss):
+    compare = {
+        "at": lambda s, t: at([s], [t]),
+        "cat_kd": lambda s, t: cat_kd(s, t, 2, normalize=True),
+        "ft": ft,
+        "nst": lambda s, t: nst([s], [t]),
+        "dist": lambda s, t: dist(s.flatten(1), t.flatten(1), 2.0, 2.0, 4.0),
+    }[loss]
+    torch.manual_seed(0)
+    student, teacher = torch.rand(3, 4, 4, 4), torch.rand(3, 4, 4, 4)
+    student[0] = 0
+    student.requires_grad_()
+    compare(student, teacher).backward()
+    assert student.grad.abs().max() < 1e3

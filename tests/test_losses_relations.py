@@ -100,6 +100,24 @@ def test_rkd_is_parks(n, d_s, d_t, distance_weight, angle_weight):
     check(partial(rkd, **weights), partial(rkd_by_hand, **weights), student, teacher)
 
 
+def test_rkds_mean_distance_counts_pairs_of_equal_images():
+    """As in the authors' code, which clamps distances: of two equal rows it is 1e-6, not left out."""
+    student, teacher = numbers(5, 4, seed=1), numbers(5, 3, seed=2)
+    student[3] = student[1]
+
+    def authors(x: torch.Tensor) -> torch.Tensor:
+        square = x.pow(2).sum(1)
+        distances = (square[:, None] + square[None] - 2 * x @ x.T).clamp(min=1e-12).sqrt()
+        distances.fill_diagonal_(0)
+        return distances / distances[distances > 0].mean()
+
+    wanted = 25 * torch.nn.functional.smooth_l1_loss(authors(student), authors(teacher))
+    assert rkd(student, teacher, 25.0, 0.0).item() == pytest.approx(wanted.item(), rel=1e-5)
+    student.requires_grad_()
+    rkd(student, teacher, 25.0, 50.0).backward()
+    assert student.grad.abs().max() < 100
+
+
 def test_rkd_ignores_rotation_shift_scale_and_order():
     student, teacher = numbers(6, 4, seed=1), numbers(6, 4, seed=2)
     assert rkd(3 * teacher @ rotation(4) + 5, teacher, 25.0, 50.0).item() == pytest.approx(0, abs=1e-12)

@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.ao.quantization import FakeQuantize
+from torch.optim.swa_utils import AveragedModel
 
 from distill import build, config
 from distill.data.fake import fake
@@ -17,9 +18,10 @@ from distill.losses.ce import CE
 from distill.losses.fitnet import FitNet
 from distill.losses.kd import KD
 from distill.models.resnet_cifar import resnet
-from distill.module import Distill
+from distill.module import Distill, moving_average
 from distill.network import Network
 from distill.precision import precision, teaching
+from distill.schedules import cosine
 from distill.teachers import Frozen, content_hash
 
 TAPS = {"stage1": "layer1", "stage2": "layer2", "stage3": "layer3", "pooled": "linear:in"}
@@ -154,8 +156,9 @@ def test_the_average_is_the_exponential_moving_average_of_the_steps(data):
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(recorded, data.train_loader(0), data.val_loader())
-    for step in [*weights[1:], student.net.linear.weight.detach()]:
-        average = step.clone() if average is None else 0.5 * average + 0.5 * step
+    for n, step in enumerate([*weights[1:], student.net.linear.weight.detach()]):
+        kept = min(0.5, (1 + n) / (10 + n))
+        average = step.clone() if average is None else kept * average + (1 - kept) * step
     torch.testing.assert_close(module.average.module.net.linear.weight, average)
     assert not torch.equal(average, student.net.linear.weight)
 
@@ -249,22 +252,101 @@ def test_the_plain_network_normalises_and_is_a_copy_without_hooks():
     assert not torch.equal(plain[1].body[3].bias, net.net.body[3].bias)
 
 
-def test_a_compiled_student_learns_the_same_under_the_same_names(data, monkeypatch, capsys):
+@pytest.fixture
+def traced(monkeypatch) -> list:
+    """Dynamo's part of torch.compile; its code generation takes a minute. What was compiled."""
+    compiled, compile = [], torch.compile
+
+    def trace(network, **options):
+        compiled.append(network)
+        return compile(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    return compiled
+
+
+def test_a_compiled_student_learns_the_same_under_the_same_names(data, traced, capsys):
     losses = {"ce": CE(), "kd": KD(), "fitnet": FitNet()}
     usual = distil(data, losses)
-    compiled = []
-
-    def trace(self, **options):  # Dynamo's part of torch.compile; its code generation takes a minute
-        compiled.append(self)
-        nn.Module.compile(self, backend="eager")
-
-    monkeypatch.setattr(Network, "compile", trace)
     module = distil(data, {"ce": CE(), "kd": KD(), "fitnet": FitNet()}, compile=True)
-    assert compiled == [module.student]
+    assert traced == [module.student]
     assert "compiled with 0 graph breaks" in capsys.readouterr().out
     assert module.state_dict().keys() == usual.state_dict().keys()
     for one, other in zip(module.student.parameters(), usual.student.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_compiled_graph_is_not_reused_for_other_taps(data, traced):
+    """A baseline's graph has no taps; the student's has those of its losses, and a third network's others."""
+    distil(data, {"ce": CE()}, teacher=False, compile=True)
+    distil(data, {"ce": CE(), "fitnet": FitNet()}, compile=True)
+    third = distil(data, {"ce": CE(), "at": AT(["stage1", "stage3"])}, compile=True)
+    assert third.student.keep(["stage3"])(data.val[[0], [0]].images).features.keys() == {"stage3"}  # the network itself
+    assert len(traced) == 3
+
+
+def test_the_moving_average_forgets_the_first_weights():
+    """A constant 0.999 leaves 86 % of the first weights after 150 steps."""
+    net = nn.Linear(1, 1, bias=False)
+    average = AveragedModel(net, multi_avg_fn=moving_average(0.999), use_buffers=True)
+    for step in range(150):
+        net.weight.data.fill_(float(step == 0))
+        average.update_parameters(net)
+    assert average.module.weight.item() < 1e-4
+    for n in (0, 9, 150, 10**6):  # α = min(decay, (1 + n) / (10 + n))
+        averages, values = [torch.ones(1), torch.ones(2)], [torch.zeros(1), torch.zeros(2)]
+        moving_average(0.99)(averages, values, torch.tensor(n))
+        assert averages[0].item() == pytest.approx(min(0.99, (1 + n) / (10 + n)))
+    with pytest.raises(UsageError, match=r"ema=1\.5"):
+        moving_average(1.5)
+
+
+def test_the_first_step_of_a_warm_up_moves_and_the_last_of_a_decay_too(data):
+    module, rates = network(0), []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    build.connect(module, None, {"ce": CE()}, data, seed=0)
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    module = Distill(module, None, {"ce": CE()}, {"ce": 1.0}, sgd, lambda epoch: cosine(epoch, 2, warmup=1), 5)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[Rates()],
+    )  # fmt: skip
+    trainer.fit(module, data.train_loader(0), data.val_loader())
+    n = len(data.train_loader(0))
+    assert rates[:n] == pytest.approx([(step + 1) / n for step in range(n)])
+    assert rates[n:] == pytest.approx([cosine(1 + step / n, 2, warmup=1) for step in range(n)])
+    assert all(rate > 0 for rate in rates)
+
+
+def test_calibration_is_of_probabilities(data):
+    """All-zero logits say 1/5 for each of 5 balanced classes: calibrated. As probabilities they would say 0."""
+    module = distil(data, {"ce": CE()}, teacher=False)
+    module.log_dict = module.log = lambda name, value=None, **options: (
+        logged.update({name: value}) if value is not None else None
+    )
+    logged = {}
+    labels = torch.arange(5).repeat(4)
+    batch = data.val[torch.arange(20), torch.zeros(20, dtype=torch.int64)]._replace(labels=labels)
+    module.student.net.linear.weight.data.zero_()
+    module.student.net.linear.bias.data.zero_()
+    module.validation_step(batch, 0)
+    module.on_validation_epoch_end()
+    assert logged["val/ece"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_processes_draw_their_own_and_sums_are_no_buffer(data, monkeypatch):
+    module = distil(data, {"ce": CE()}, teacher=False)
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(Distill, "global_rank", rank)
+        module.on_train_batch_start(None, 3)
+        drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)
+    assert "sums" not in dict(module.named_buffers())  # DDP gives every process the first one's buffers
 
 
 def precision_on(monkeypatch, bf16: bool, net: nn.Module, asked="auto", accelerator="cpu") -> str:

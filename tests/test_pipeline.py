@@ -178,11 +178,11 @@ def test_load_student_refuses_what_it_would_have_to_trust(folder, tmp_path):
     for network in (run, {"_target_": "distill.models.resnet_cifar.resnet", "depth": run, "widths": [{"a": [run]}]}):
         meta = {
             "network": json.dumps({"taps": {}, "mean": [0], "std": [1], **network}),
-            "classes": "[]",
+            "classes": '["a"]',
             "image_size": "1",
         }
         save_file(state, tmp_path / "evil.safetensors", meta)
-        with pytest.raises(UserError, match=r"built by os.mkdir, outside of distill.models"):
+        with pytest.raises(UserError, match=r"os.mkdir as student, which is not one of this package's"):
             distill.load_student(tmp_path / "evil.safetensors")
         assert not (tmp_path / "ran").exists()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip, chain
 from distill.data.batches import EpochBatches, ViewBatches
 from distill.data.draws import draws
-from distill.data.files import Encoded
+from distill.data.files import Encoded, check
 from distill.data.pack import Packed, pack, read_small
 from distill.errors import UsageError, UserError
 from distill.types import Batch
@@ -91,6 +92,12 @@ class Data:
                 "data.batch_size must be at least 1 and data.num_workers at least 0, "
                 f"not {self.batch_size} and {self.num_workers}"
             )
+        for name in self.classes:
+            if not name or {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}:
+                raise UserError(
+                    f"the class {name!a} has signs that are no text: classes.txt has a line of UTF-8 for each class; "
+                    "rename it"
+                )
 
     @property
     def num_classes(self) -> int:
@@ -212,6 +219,8 @@ def from_encoded(
             pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
             return from_arrays(classes, *pairs, augment, batch_size, num_workers or 0)
 
+    if pack_size is None:  # else all are decoded now
+        check(images, torch.cat([rows["val"], rows["test"]]), store)
     size, packed = image_size or 224, None
     if pack_size is not None:
         if pack_size < size or store is None:

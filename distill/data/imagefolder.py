@@ -11,8 +11,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import Files
 from distill.errors import UserError
+from distill.progress import say
 
-_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_SPLITS = {  # in whatever case
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 def imagefolder(
@@ -29,9 +34,10 @@ def imagefolder(
 ) -> Data:
     """Images of every mode as RGB; classes are the folders' names in order, and the same in every split.
 
-    With train/ and test/, validation is val/ or, without one, cut from train/. With train/ and val/, val/ is
-    the test set and validation is cut from train/, so that nothing is chosen by what is reported. With only
-    train/ or class folders both are cut. Cuts are stratified.
+    Splits are folders named train or training, val, valid, validation or dev, test or testing, in whatever case, with
+    class folders in them. With train/ and test/, validation is val/ or, without one, cut from train/. With train/ and
+    val/, val/ is the test set and validation is cut from train/, so that nothing is chosen by what is reported. With
+    only train/ or class folders both are cut. Cuts are stratified.
 
     If every image is at most 64 px and so is `image_size`, all are decoded once, into one array; otherwise they
     are decoded batch by batch, cropped at random in training and in the middle in evaluation.
@@ -45,11 +51,13 @@ def imagefolder(
         store: folder that keeps decoded arrays for the next run; None: nothing is kept.
 
     Raises:
-        UserError: the folder is missing, empty, or not laid out as said, or a class is too small to be cut.
+        UserError: the folder is missing, empty, unreadable or not laid out as said, a file is there twice, an image
+            can't be read, or a class is too small to be cut.
     """
     base = Path(root).expanduser().absolute()
     listed = {split: _class_files(folder, base) for split, folder in _split_folders(base).items()}
     classes = _same_classes(listed)
+    _refuse_twice(base, listed)
 
     names = [name for found in listed.values() for files in found.values() for name in files]
     labels = {split: _labels(found) for split, found in listed.items()}
@@ -69,37 +77,91 @@ def imagefolder(
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Folders of class folders: of train, val and test what is there; or `root` itself as train."""
+    """Folders of class folders: of train, val and test what is there; or `root` itself as train.
+
+    A folder named as a split is one if it has class folders in it, or if it is train's.
+    """
     if not root.is_dir():
         raise UserError(f"no folder {root}: set data.root to a folder with a subfolder of images for each class")
-    found = {split: [root / name for name in names if (root / name).is_dir()] for split, names in _SPLITS.items()}
+    inside = _folders(root)
+    found = {split: [path for path in inside if _is_split(path, split)] for split in _SPLITS}
     if not any(found.values()):
+        sets = [path.name for path in inside if any(_is_split(each, "train") for each in _folders(path))]
+        if sets:
+            raise UserError(f"{root} holds data sets ({_few(sets)} have training images): set data.root to one of them")
         return {"train": root}
     if not found["train"]:
         raise UserError(f"{root} has {', '.join(p.name for ps in found.values() for p in ps)} but no folder 'train'")
-    if len(found["val"]) > 1:
-        names = " and ".join(folder.name for folder in found["val"])
-        raise UserError(f"{root} has {names}: keep one of them as the validation set")
-    return {split: folders[0] for split, folders in found.items() if folders}
+    for split, folders in found.items():
+        if len(folders) > 1:
+            names = " and ".join(folder.name for folder in folders)
+            raise UserError(f"{root} has {names}: keep one of them, for {split}")
+    chosen = {split: folders[0] for split, folders in found.items() if folders}
+    left = [path.name for path in inside if path not in chosen.values()]
+    if left:
+        say(f"  {root}: {_few(left)} beside {', '.join(path.name for path in chosen.values())} are left out")
+    return chosen
+
+
+def _is_split(path: Path, split: str) -> bool:
+    return path.name.lower() in _SPLITS[split] and bool(_folders(path))
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(error) from None
+    return [Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"cannot read the folder {error.filename} ({error.strerror}): allow it, or move it away")
 
 
 def _class_files(folder: Path, root: Path) -> dict[str, list[str]]:
     """{class: image files anywhere below its folder, as paths relative to `root`}, all in order."""
-    found = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            found[entry.name] = sorted(
-                os.path.relpath(os.path.join(where, name), root)
-                for where, _, files in os.walk(entry.path, followlinks=True)
-                for name in files
-                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-            )
+    found = {path.name: [os.path.relpath(file, root) for file in _images(path)] for path in _folders(folder)}
     if len(found) < 2:
         raise UserError(f"{folder} has {len(found)} class folders, at least 2 are needed: FOLDER/CLASS/IMAGE.jpg")
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise UserError(f"no images in {len(empty)} class folders of {folder}: {_few(empty)}; fill or remove them")
     return found
+
+
+def _images(folder: Path, above: tuple[str, ...] = ()) -> list[str]:
+    """Image files anywhere below a folder, links followed, in order.
+
+    Args:
+        above: where the folders really are that `folder` is in.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        raise UserError(f"{folder} is a link to a folder that it is in: remove it")
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(error) from None
+    found = []
+    for entry in entries:
+        if entry.is_dir():
+            found += _images(Path(entry.path), (*above, here))
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
+            found.append(entry.path)
+    return sorted(found)
+
+
+def _refuse_twice(base: Path, listed: dict[str, dict[str, list[str]]]) -> None:
+    """Raises UserError where a file is there twice, by links: it could be in training and in test."""
+    places: dict[tuple[int, int], str] = {}
+    for name in (name for found in listed.values() for files in found.values() for name in files):
+        try:
+            stat = os.stat(base / name)
+        except OSError as error:
+            raise UserError(f"cannot read the image {base / name} ({error.strerror}): mend or remove it") from None
+        if stat.st_ino and (first := places.setdefault((stat.st_dev, stat.st_ino), name)) != name:
+            raise UserError(f"{first} and {name} in {base} are the same file: remove one, or copy it if both are meant")
 
 
 def _same_classes(listed: dict[str, dict[str, list[str]]]) -> list[str]:

@@ -22,11 +22,12 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from distill.data.base import Data, from_encoded, hold_out
-from distill.data.files import Encoded, read
+from distill.data.files import DECODED, Encoded, header, read
 from distill.errors import UsageError, UserError
 from distill.files import atomic, file_stamp
 from distill.progress import say
 
+LONGEST = 10_000_000  # bytes of an image's description
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -58,6 +59,11 @@ def webdataset(
     patterns = {split: pattern for split, pattern in (("train", train), ("val", val), ("test", test)) if pattern}
     shards = {split: _shards(pattern) for split, pattern in patterns.items()}
     indices = {split: [_index(path, store) for path in found] for split, found in shards.items()}
+    for split, found in shards.items():
+        for other, others in shards.items():
+            same = {path.resolve() for path in found} & {path.resolve() for path in others}
+            if split != other and same:
+                raise UserError(f"the shard {min(same)} is in {other} and in {split}: each needs shards of its own")
     paths, parts = (list(chain.from_iterable(found.values())) for found in (shards, indices))
 
     index = {key: np.concatenate([part[key] for part in parts]) for key in ("names", "offsets", "sizes")}
@@ -85,6 +91,14 @@ class Shards(Encoded):
         self.names = self.index["names"]
 
     def decode(self, row: int, draft: int | None = None) -> np.ndarray:
+        encoded, name = self._encoded(row)
+        return read(encoded, draft, name)
+
+    def look(self, row: int) -> None:
+        header(*self._encoded(row))
+
+    def _encoded(self, row: int) -> tuple[io.BytesIO, str]:
+        """An image's bytes, and what it is called."""
         path, size = self.paths[self.index["shards"][row]], int(self.index["sizes"][row])
         try:
             with open(path, "rb") as file:
@@ -92,7 +106,7 @@ class Shards(Encoded):
                 encoded = file.read(size)
         except OSError as error:
             raise UserError(f"cannot read the shard {path} ({error.strerror})") from None
-        return read(io.BytesIO(encoded), draft, f"{self.names[row]} of {path}")
+        return io.BytesIO(encoded), f"{self.names[row]} of {path}"
 
     def select(self, rows: Tensor) -> "Shards":
         return Shards(self.paths, {key: part[rows.numpy()] for key, part in self.index.items()}, self.image_size)
@@ -100,7 +114,7 @@ class Shards(Encoded):
     def listing(self) -> bytes:
         places = zip(self.index["shards"].tolist(), self.names, self.index["sizes"], strict=True)
         images = os.fsencode("".join(f"{shard}/{name}\t{size}\n" for shard, name, size in places))
-        return images + b"".join(file_stamp(path, path.name) for path in self.paths)
+        return DECODED + images + b"".join(file_stamp(path, path.name) for path in self.paths)
 
 
 def _shards(pattern: str) -> list[Path]:
@@ -162,7 +176,7 @@ def _scan(path: Path) -> dict[str, np.ndarray]:
                 key, extension = os.path.join(folder, key), extension.lower()
                 if f".{extension}" in IMG_EXTENSIONS:
                     places.setdefault(key, (member.offset_data, member.size))
-                elif extension in ("cls", "json"):
+                elif extension in ("cls", "json") and member.size <= LONGEST:
                     label = _label(tar.extractfile(member).read(), extension)
                     if label is not None:
                         labels[key] = label
@@ -191,8 +205,8 @@ def _label(content: bytes, extension: str) -> int | None:
             return int(content) if int(content) >= 0 else None
         described = json.loads(content)
         label = described.get("label", described.get("cls"))
-        return int(label) if int(label) >= 0 else None
-    except (ValueError, TypeError, AttributeError):
+        return int(label) if int(label) >= 0 and int(label) == float(label) else None  # 1.5 is no class
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -201,7 +215,9 @@ def _names(classes: Sequence[str] | str | None, highest: int) -> list[str]:
         return [str(label) for label in range(highest + 1)]
     if isinstance(classes, str):
         try:
-            classes = [line for line in Path(classes).expanduser().read_text().splitlines() if line.strip()]
+            classes = [
+                line for line in Path(classes).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.classes: cannot read {classes} ({error})") from None
     if highest >= len(classes):

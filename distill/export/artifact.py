@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.files import atomic
 
+MOST = 50_000_000  # bytes of a file's description of itself: the names of its classes
 Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N, K)
 
 
@@ -69,8 +70,11 @@ def read_zipped(path: Path, ending: str, kinds: str) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            return json.loads(file.read(next(name for name in file.namelist() if name.endswith(ending))))
-    except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
+            member = next(member for member in file.infolist() if member.filename.endswith(ending))
+            if member.file_size > MOST:
+                raise ValueError(f"it has {member.file_size:,} bytes")
+            return json.loads(file.read(member))
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, RecursionError) as error:
         name = ending.rpartition("/")[2]
         raise UserError(f"{path} has no readable {name}: expected a {kinds} that distill exported") from error
 

@@ -37,13 +37,15 @@ class Served:
         self.name = artifact.path.name
         self.said = tempfile.TemporaryFile()  # noqa: SIM115  what the runtime prints, closed by close()
         loader = f"{artifact.load.__module__}.{artifact.load.__qualname__}"
-        search = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+        given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        search = os.pathsep.join([ROOT, *map(os.path.abspath, given)])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "distill.export.serve", loader, str(artifact.path.resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
             env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,  # Python looks for modules there: in the user's folder might be a stranger's
         )
 
     def __call__(self, images: Tensor) -> Tensor:

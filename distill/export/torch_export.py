@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from distill.export import graph
 from distill.export.artifact import Artifact, Model, describe, read_zipped, write
+from distill.export.pt2 import sanitized
 
 FLOW = "xnnpack"
 METADATA = "metadata.json"
@@ -39,6 +40,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             node.meta.pop(key, None)
     with graph.quiet():
         try:
+            program.example_inputs = None  # nobody reads them, and they are pickled
             torch.export.save(program, buffer, extra_files={METADATA: described})
         except Exception as error:  # an operator without a schema, a constant that is no tensor
             raise graph.refuse(error, program, "torch.export") from error
@@ -53,13 +55,17 @@ def reload(stem: Path) -> list[Artifact]:
 
 
 def load(path: Path) -> Model:
-    """The file's graph, executed by PyTorch one operator at a time. torch.export.load may unpickle parts of it: for
-    files of your own only."""
+    """The file's graph, executed by PyTorch one operator at a time. Nothing in the file is unpickled or run as Python.
+
+    Raises:
+        UserError: a damaged file, or one that holds more than a plain graph (see distill/export/pt2.py).
+    """
     import torch.ao.quantization.fx._decomposed  # registers the operators of int8 files
 
+    archive = sanitized(path)
     try:
         with graph.quiet():
-            return torch.no_grad()(torch.export.load(path).module())
+            return torch.no_grad()(torch.export.load(archive).module())
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
 

@@ -3,7 +3,9 @@
 import io
 import json
 import linecache
+import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
 from distill.errors import UserError
-from distill.export.artifact import Artifact, Model, describe, read_zipped, write
+from distill.export.artifact import MOST, Artifact, Model, describe, read_zipped, write
 
 FLOW = "fx"
 METADATA = "metadata.json"
@@ -86,6 +88,7 @@ def load_lite(path: Path) -> Model:
 
 
 def _load(load: Callable, path: Path) -> Model:
+    _refuse_files(path)
     try:
         with _no_deprecations():
             module = load(str(path))
@@ -93,6 +96,26 @@ def _load(load: Callable, path: Path) -> Model:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot load {path}: {reason}; export it again") from error
     return torch.no_grad()(lambda images: module(images))
+
+
+# The operators that reach files: a program of theirs would write where it likes, when it is loaded or run.
+_FILES = re.compile(rb"\b(torch|aten)(\.|::)(save|from_file)\b")
+
+
+def _refuse_files(path: Path) -> None:
+    """Raises UserError for a program that reads or writes files, and for one that unfolds to more than its size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            unfolded = sum(member.file_size for member in members)
+            if unfolded > path.stat().st_size + MOST:  # only the program's text is packed
+                raise UserError(f"cannot load {path}: it unfolds to {unfolded:,} bytes; export it again")
+            code = [member for member in members if member.filename.endswith((".py", "/bytecode.pkl"))]
+            found = next(filter(None, (_FILES.search(archive.read(member)) for member in code)), None)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot load {path}: {error}; export it again") from error
+    if found:
+        raise UserError(f"{path} is not opened: its program calls {found[0].decode()}, which reaches files")
 
 
 def _trace(net: nn.Module, example: Tensor) -> torch.jit.ScriptModule:

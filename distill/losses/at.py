@@ -10,16 +10,16 @@ to the smaller by average pooling.
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.project import as_map, to_same_space
+from distill.losses.relations import unit
 
 
 def attention(features: Tensor) -> Tensor:
     """Maps (N, C, H, W) to unit vectors (N, H·W)."""
-    return F.normalize(features.pow(2).mean(1).flatten(1), dim=1)
+    return unit(features.pow(2).mean(1).flatten(1))
 
 
 def at(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:

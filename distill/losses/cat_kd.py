@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.project import as_map
+from distill.losses.relations import unit
 from distill.losses.stages import need_maps
 
 
@@ -26,7 +27,7 @@ def cat_kd(student: Tensor, teacher: Tensor, resolution: int, normalize: bool) -
     """Scalar from class activation maps (N, K, H, W), (N, K, H', W')."""
     student, teacher = (F.adaptive_avg_pool2d(maps, resolution) for maps in (student, teacher))
     if normalize:
-        student, teacher = (F.normalize(maps, dim=(2, 3)) for maps in (student, teacher))
+        student, teacher = (unit(maps, dim=(2, 3)) for maps in (student, teacher))
     return F.mse_loss(student, teacher)
 
 

@@ -18,12 +18,13 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.losses.relations import unit
 from distill.losses.stages import StageLoss
 
 
 def ft(student_factors: Tensor, teacher_factors: Tensor) -> Tensor:
     """Scalar from factors of one shape (N, C, H, W); the scale of each image's factors changes nothing."""
-    student, teacher = (F.normalize(factors.flatten(1), dim=1) for factors in (student_factors, teacher_factors))
+    student, teacher = (unit(factors.flatten(1)) for factors in (student_factors, teacher_factors))
     return F.l1_loss(student, teacher)
 
 

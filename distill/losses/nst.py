@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from distill.losses.relations import unit
 from distill.losses.stages import StageLoss
 
 
@@ -26,7 +26,7 @@ def nst(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
     """Scalar from two lists of maps (N, C, H, W); the channels of a pair may differ."""
     total = student_maps[0].new_zeros(())
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        student, teacher = (F.normalize(maps.flatten(2), dim=2) for maps in (student, teacher))  # (N, C, H·W)
+        student, teacher = (unit(maps.flatten(2), dim=2) for maps in (student, teacher))  # (N, C, H·W)
         total = total + kernel(teacher, teacher) + kernel(student, student) - 2 * kernel(student, teacher)
     return total
 

@@ -19,7 +19,7 @@ def vectors(loss: str, features: Tensor) -> Tensor:
     return features.flatten(1)
 
 
-def unit(values: Tensor, dim: int = 1) -> Tensor:
+def unit(values: Tensor, dim: int | tuple[int, int] = 1) -> Tensor:
     """Divided by the Euclidean norm along `dim`; zeros stay zeros, with a gradient that does not explode."""
     norms = values.norm(dim=dim, keepdim=True)
-    return values / norms.masked_fill(norms == 0, 1.0)
+    return values / norms.masked_fill(norms < 1e-12, 1.0)

@@ -4,9 +4,9 @@
     angle (eq. 8–10):     ψ_A(i, j, k) = ⟨e_ij, e_kj⟩,  e_ij = (t_i - t_j) / ‖t_i - t_j‖
     L = w_D · mean l_δ(ψ_D(teacher), ψ_D(student)) + w_A · mean l_δ(ψ_A(teacher), ψ_A(student)),   l_δ Huber, δ = 1
 
-As in the authors' code the means run over all pairs and triples, those of an image with itself included; μ over
-distances above zero. w_D = 25, w_A = 50 under weight 1: the CIFAR-100 setting of Tian et al., ICLR 2020. Embeddings
-of any two widths. Memory grows with N³ and N²·D, so batches of a few hundred are the limit.
+As in the authors' code the means run over all pairs and triples, those of an image with itself included; μ over all
+pairs of two images, equal ones included. w_D = 25, w_A = 50 under weight 1: the CIFAR-100 setting of Tian et al., ICLR
+2020. Embeddings of any two widths. Memory grows with N³ and N²·D, so batches of a few hundred are the limit.
 """
 
 from torch import Tensor
@@ -17,9 +17,9 @@ from distill.losses.relations import unit, vectors
 
 
 def distances(differences: Tensor) -> Tensor:
-    """Differences (N, N, D) to distances (N, N), whose mean over those above zero is 1."""
+    """Differences (N, N, D) to distances (N, N), whose mean over pairs of two images is 1."""
     lengths = differences.norm(dim=2)
-    mean = lengths.sum() / (lengths > 0).sum().clamp(min=1)
+    mean = lengths.sum() / (len(lengths) * (len(lengths) - 1))
     return lengths / mean.clamp(min=1e-12)
 
 

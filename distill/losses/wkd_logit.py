@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from distill.errors import UserError
 from distill.losses.logits import LogitLoss, target_cross_entropy
+from distill.losses.relations import unit
 
 
 def class_cost(weight: Tensor, sharpness: float) -> Tensor:
     """c (K, K) from the rows of a classifier (K, D)."""
-    rows = F.normalize(weight, dim=1)
+    rows = unit(weight)
     return (1 - torch.exp(-sharpness * (1 - rows @ rows.T))).clamp(min=0) + 1e-8
 
 
