@@ -101,7 +101,7 @@ def load_weights(net: nn.Module, path: str | Path, new_head: bool = False, heads
     wanted = net.state_dict()
     state = _unwrap(read_state(path), wanted)
     for key in state.keys() & wanted.keys():
-        state[key] = _at_positions(key, state[key], wanted[key])
+        state[key] = at_positions(key, state[key], wanted[key])
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted and not key.lower().startswith("aux")]
     tensors = [key for key in wanted if key in state and not key.endswith(EXTRA)]
@@ -272,7 +272,7 @@ def _unwrap(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str,
     return taken
 
 
-def _at_positions(key: str, came, expected):
+def at_positions(key: str, came, expected):
     """What is learned for each of an image's positions, interpolated for as many as expected: embeddings (1, T, D) with
     class tokens in front, (1, S, S, D) or (1, D, S, S), and Swin's and BEiT's tables ((2w - 1)² …, heads)."""
     if _shape(came) == _shape(expected) or len(_shape(came)) != len(_shape(expected)):
