@@ -109,7 +109,7 @@ class Network(nn.Module):
         else:
             store = partial(self._features.__setitem__, name)
         part = part or side
-        module = dict(self.net.named_modules()).get(path)
+        module = dict(self.net.named_modules(remove_duplicate=False)).get(path)
         if module is None or not path:
             raise self._unknown(name)
         if part == "":

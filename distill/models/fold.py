@@ -44,9 +44,12 @@ def folded(net: nn.Module, image_size: int) -> nn.Module:
         _fold_weights(module)
     if any(_offered(module) for module in net.modules()):
         net = _merged(net, image_size)
-    for path, module in [*net.named_modules()]:
+    hooked: dict[nn.Module, Hooked] = {}
+    for path, module in [*net.named_modules(remove_duplicate=False)]:  # a layer may be called by several names
         if not any(module.children()) and (module._forward_hooks or module._forward_pre_hooks):
-            net.set_submodule(path, Hooked(module))
+            hooked[module] = Hooked(module)
+        if module in hooked:
+            net.set_submodule(path, hooked[module])
     return net
 
 

@@ -166,7 +166,7 @@ def _positions(shape: torch.Size) -> float:
 
 def _sources(logits: Tensor, made: dict) -> set[str]:
     """The layers that the logits come from directly; none where a matrix outside of layers is on the way."""
-    found, waiting, known = set(), [logits.grad_fn], {None}
+    found, waiting, known = set(), [getattr(logits, "grad_fn", None)], {None}
     while waiting:
         node = waiting.pop()
         if node in known:
