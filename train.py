@@ -62,9 +62,10 @@ def main(cfg):
             networks["student (last epoch)"] = job.student(run.STUDENT_LAST)
             rows, unlike = evaluate(networks, nets, files, data, cfg.tolerance)
             failures += unlike
-            report.write(rows, folder, job.context())
+            rows, earlier = report.with_earlier(rows, folder)
+            report.write(rows, folder, job.context(data), failures + earlier)
             if any(files.values()):
-                write_readme(files, data, folder / "export")
+                write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
                 report.log(logger, rows, folder)
             say(report.table(rows))
