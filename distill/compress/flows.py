@@ -12,7 +12,7 @@ scale and zero point anew for what it is asked about, when it runs.
 """
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -101,18 +101,34 @@ def prepare(
         return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
 
 
-def calibrate(prepared: nn.Module, batches: Iterable[Tensor], seed: int) -> None:
-    """Let the ranges of activations start where training under `qat` starts: with the statistics of batches of images
-    (N, C, H, W), which for a network that was trained briefly are far from its running ones. These stay as they were."""
+def calibrate(prepared: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+    """Let the ranges of activations under `qat` hold what images (N, C, H, W) lead to, both with the statistics of
+    their batch, as training starts, and with the running ones, as it is validated: for a network that was trained
+    briefly the two are far apart, and one that starts outside of its ranges diverges. The statistics stay as they were.
+    """
     before = {name: value.clone() for name, value in prepared.named_buffers() if name.rpartition(".")[2] in STATISTICS}
+    observers = [
+        module
+        for module in prepared.modules()
+        if hasattr(module, "reset_min_max_vals") and not hasattr(module, "ch_axis")
+    ]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)  # of dropout
         for images in batches:
             if len(images) > 1:  # one alone has no statistics
                 prepared.train()(images)
-    after = dict(prepared.named_buffers())
-    for name, value in before.items():
-        after[name].copy_(value)
+        buffers = dict(prepared.named_buffers())
+        for name, value in before.items():
+            buffers[name].copy_(value)
+        trained = [(each.min_val.clone(), each.max_val.clone()) for each in observers]
+        for each in observers:
+            each.reset_min_max_vals()
+        for images in batches:
+            prepared.eval()(images)
+        for each, (low, high) in zip(observers, trained, strict=True):
+            each.min_val.copy_(torch.minimum(each.min_val, low))
+            each.max_val.copy_(torch.maximum(each.max_val, high))
+        prepared(batches[0])  # scales by these ranges
 
 
 def convert(prepared: nn.Module, flow: str) -> nn.Module:
@@ -197,10 +213,21 @@ def layers(net: nn.Module) -> list[str]:
 
 
 def _apart(net: nn.Module) -> nn.Module:
-    """`net` whose layers that are a batch norm and its activation in one (timm's) are two: captured as one, neither
-    flow knows them for a batch norm, so that it is not folded, or computes in the mode that it was captured in."""
+    """`net` in layers that the flows know:
+
+    - a batch norm and its activation in one (timm's) are two: captured as one it is not known for a batch norm, so it
+      is not folded, or computes in the mode that it was captured in;
+    - padding by a word is padding by numbers, where it is more on one side than on the other in a layer of its own.
+    """
     for name, module in list(net.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and isinstance(getattr(module, "act", None), nn.Module):
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            left, right, top, bottom = module._reversed_padding_repeated_twice
+            if (left, top) == (right, bottom):
+                module.padding = (top, left)
+            elif module.padding_mode == "zeros":
+                module.padding = (0, 0)
+                net.set_submodule(name, nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), module))
+        elif isinstance(module, nn.BatchNorm2d) and isinstance(getattr(module, "act", None), nn.Module):
             with torch.device("meta"):
                 norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
             norm.weight, norm.bias = module.weight, module.bias
@@ -214,10 +241,10 @@ def _apart(net: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _refuse_random(net: nn.Module, example: Tensor) -> None:
-    if not torch.equal(net(example), net(example)):
+    if not torch.allclose(net(example), net(example), rtol=0, atol=1e-6, equal_nan=True):
         raise UserError(
-            f"{type(getattr(net, 'net', net)).__name__} answers the same images differently each time, in eval mode too: "
-            "what is random in its forward can't be captured as a graph; leave it out where `self.training` is false"
+            f"{type(getattr(net, 'net', net)).__name__} answers the same images differently each time, in eval mode, "
+            "too: what is random in its forward can't be captured; leave it out where `self.training` is false"
         )
 
 
@@ -244,10 +271,20 @@ def _prepare_fx(net, example, flow, qat, skip, observer) -> nn.Module:
             mapping.set_object_type(kind, mapping.global_qconfig)
         elif qat and config is not None and config.activation is stock.activation:
             mapping.set_object_type(kind, config._replace(activation=activation))
-    for path in skip:
+    for path in skip | _inside_of_leaves(net):
         mapping.set_module_name(path, None)
     prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
     return prepare(net, mapping, (example,)).train(qat)
+
+
+def _inside_of_leaves(net: nn.Module) -> set[str]:
+    """The modules that torch.fx does not look at, within PyTorch's own ones: a TransformerEncoder computes in float."""
+    leaves = [
+        (path, module)
+        for path, module in net.named_modules()
+        if path and fx.Tracer().is_leaf_module(module, path) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    ]
+    return {f"{path}.{inner}" for path, leaf in leaves for inner, _ in leaf.named_modules() if inner}
 
 
 def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
@@ -258,10 +295,6 @@ def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
         raise _missing(flow) from error
     quantizer = XNNPACKQuantizer().set_global(_pt2e_config(flow, qat, observer))
     quantizer.set_filter_function(lambda node: module_of(node)[0] not in skip)
-    if qat:
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.training = True
     graph = _exported(net, example)
     norms = _batch_norms(graph)
     prepared = (prepare_qat_pt2e if qat else prepare_pt2e)(graph, quantizer)
@@ -299,7 +332,8 @@ def _restore_batch_norms(prepared: fx.GraphModule, norms: dict[str, tuple[float,
 def _fold_batch_norms(prepared: fx.GraphModule) -> None:
     """Each batch norm whose scale is in its convolution's rounded weights goes into weights and bias altogether:
 
-        batch_norm(conv(x, round(w · s)) / s + b) = conv(x, round(w · s)) + (b - mean) · s + beta,  s = gamma / √(var + eps)
+        batch_norm(conv(x, round(w · s)) / s + b) = conv(x, round(w · s)) + (b - mean) · s + beta
+        s = gamma / √(var + eps)
 
     torchao's own way knows one eps only, and takes half a minute.
     """

@@ -62,7 +62,7 @@ def qat_int8(
 
 @torch.no_grad()
 def _refuse_unlike(prepared: nn.Module, images: Tensor, flow: str) -> None:
-    """Before a training that would be in vain: converted as it is now, it must answer one image as it does in a batch."""
+    """Before a training in vain: converted as it is now, it must answer one image as it does in a batch."""
     small = flows.convert(prepared, flow)
     together = small(images)
     scale = together.abs().max().clamp(min=1e-6)
