@@ -49,12 +49,12 @@ def accuracy(net: nn.Module, data) -> float:
 
 
 def unbalanced(net: nn.Module) -> nn.Module:
-    """The same function, but channels between two convolutions differ in size by 100: one range fits them badly."""
+    """The same function, but channels between two convolutions differ in size by 300: one range fits them badly."""
     net = copy.deepcopy(net)
     for block in net.modules():
         if type(block).__name__ == "BasicBlock":
             order = torch.randperm(block.bn1.num_features, generator=torch.Generator().manual_seed(0))
-            factor = torch.logspace(-1, 1, len(order))[order]
+            factor = torch.logspace(-1.25, 1.25, len(order))[order]
             block.bn1.weight.data *= factor
             block.bn1.bias.data *= factor
             block.conv2.weight.data /= factor.view(1, -1, 1, 1)
@@ -77,8 +77,9 @@ def test_qat_recovers_what_static_int8_loses(job, trained, tmp_path):
     finetune = finetuner(cfg, teacher, data, tmp_path)
     small = qat_int8(net, finetune, data, lr=2e-3)
     plain = static_int8(finetune(net, "plain", epochs=2, lr=2e-3), data=data)  # what training without rounding gives
-    assert whole > 0.6 and static < whole - 0.01
-    assert accuracy(small, data) > max(static, accuracy(plain, data)) + 0.01  # measured: 93.9 % to 91.3 and 90.0
+    # measured: 0.93 in float, 0.18 and, trained without rounding, 0.37 in int8, 0.90 trained under it
+    assert whole > 0.9 and static < 0.5
+    assert accuracy(small, data) > max(static, accuracy(plain, data)) + 0.2
     images = torch.rand(7, 3, data.image_size, data.image_size)
     assert small(images).shape == (7, 10) and small(images[:1]).shape == (1, 10)
     # a second time it is read from its file, bit by bit

@@ -115,7 +115,7 @@ def _following(net: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"compress.prune can't follow how the channels of {type(getattr(net, 'net', net)).__name__} belong together "
+            f"compress.prune can't follow which channels of {type(getattr(net, 'net', net)).__name__} belong together "
             f"({reason(error)}): leave prune out for it"
         ) from error
 
