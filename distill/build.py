@@ -76,6 +76,14 @@ def steps(cfg: DictConfig) -> dict[str, Callable]:
     return {name: instantiate(options, _convert_="all") for name, options in cfg.items()}
 
 
+def tolerance(cfg: DictConfig) -> dict:
+    """What the files' answers may differ by. With compress=auto the budget says how much accuracy they may lose."""
+    bounds = plain(cfg.tolerance)
+    if "auto" in cfg.compress:
+        bounds["compressed"]["accuracy_drop"] = cfg.compress.auto.accuracy_drop
+    return bounds
+
+
 def reloaders(cfg: DictConfig) -> dict[str, Callable]:
     """The `reload` that stands beside each exporter's `export`."""
     return {name: get_object(f"{options._target_.rpartition('.')[0]}.reload") for name, options in cfg.items()}
