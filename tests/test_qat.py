@@ -186,3 +186,30 @@ def test_what_stays_random_is_refused_before_training(flow, data):
 
 def _never(*args, **options):
     raise AssertionError("was trained")
+
+
+def test_a_training_that_diverges_is_told(data):
+    def finetune(net, name, *, epochs, lr, on_epoch):
+        on_epoch(net.train(), 0, epochs, True)
+        next(net.parameters()).data.fill_(float("nan"))
+        net(torch.rand(4, 3, 8, 8))
+        return net
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)).eval()
+    with pytest.raises(UserError, match=r"diverged: lower compress\.qat_int8\.lr=0\.0005"):
+        qat_int8(net, finetune, data, "xnnpack")
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_running_statistics_that_are_far_off_make_no_training_diverge(size):
+    """Those of a network that was trained for a few steps."""
+    net, images = network(), torch.rand(32, 3, 8, 8)
+    net[1].running_var *= size
+    prepared = flows.prepare(net, images[:2], "fx", qat=True)
+    flows.calibrate(prepared, [images], 0)
+    flows.freeze(prepared.train(), observers=False, statistics=False)
+    F.cross_entropy(prepared(images), torch.arange(32) % 10).backward()
+    largest = max(parameter.grad.abs().max().item() for parameter in prepared.parameters())
+    wanted = copy.deepcopy(net).train()
+    F.cross_entropy(wanted(images), torch.arange(32) % 10).backward()
+    assert largest < 10 * max(parameter.grad.abs().max().item() for parameter in wanted.parameters())

@@ -102,16 +102,12 @@ def prepare(
 
 
 def calibrate(prepared: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
-    """Let the ranges of activations under `qat` hold what images (N, C, H, W) lead to, both with the statistics of
-    their batch, as training starts, and with the running ones, as it is validated: for a network that was trained
-    briefly the two are far apart, and one that starts outside of its ranges diverges. The statistics stay as they were.
+    """Let the ranges of activations under `qat` start where training starts: with the statistics of each batch of
+    images (N, C, H, W). For a network that was trained briefly the running ones lead to ranges far from that, in which
+    all is cut off or rounded to zero, so that training diverges. The statistics stay as they were.
     """
     before = {name: value.clone() for name, value in prepared.named_buffers() if name.rpartition(".")[2] in STATISTICS}
-    observers = [
-        module
-        for module in prepared.modules()
-        if hasattr(module, "reset_min_max_vals") and not hasattr(module, "ch_axis")
-    ]
+    activations = [each for each in prepared.modules() if hasattr(each, "enable_observer") and not each.is_per_channel]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)  # of dropout
         for images in batches:
@@ -120,15 +116,11 @@ def calibrate(prepared: nn.Module, batches: Sequence[Tensor], seed: int) -> None
         buffers = dict(prepared.named_buffers())
         for name, value in before.items():
             buffers[name].copy_(value)
-        trained = [(each.min_val.clone(), each.max_val.clone()) for each in observers]
-        for each in observers:
-            each.reset_min_max_vals()
-        for images in batches:
-            prepared.eval()(images)
-        for each, (low, high) in zip(observers, trained, strict=True):
-            each.min_val.copy_(torch.minimum(each.min_val, low))
-            each.max_val.copy_(torch.maximum(each.max_val, high))
-        prepared(batches[0])  # scales by these ranges
+        for each in activations:
+            each.enable_observer(False)
+        prepared.eval()(batches[0])  # the ranges of the weights, in which the running statistics are
+        for each in activations:
+            each.enable_observer(True)
 
 
 def convert(prepared: nn.Module, flow: str) -> nn.Module:

@@ -52,11 +52,19 @@ def qat_int8(
     flows.calibrate(prepared, batches, seed)
     _refuse_unlike(prepared, batches[0], flow)
 
+    at_work: list[nn.Module] = []
+
     def on_epoch(network: nn.Module, epoch: int, epochs: int, training: bool) -> None:
+        at_work[:] = [network]
         late = epoch >= freeze * epochs
         flows.freeze(network, observers=late or not training, statistics=late)
 
-    trained = finetune(prepared.train(), f"qat_int8-{flow}", epochs=epochs, lr=lr, on_epoch=on_epoch)
+    try:
+        trained = finetune(prepared.train(), f"qat_int8-{flow}", epochs=epochs, lr=lr, on_epoch=on_epoch)
+    except (AssertionError, RuntimeError) as error:  # of an observer that sees NaN, before a loss does
+        if all(torch.isfinite(value).all() for network in at_work for value in network.parameters()):
+            raise
+        raise UserError(f"compress.qat_int8: the training diverged: lower compress.qat_int8.lr={lr}") from error
     return flows.convert(trained, flow)
 
 
