@@ -201,15 +201,15 @@ def test_a_training_that_diverges_is_told(data):
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e4])
-def test_running_statistics_that_are_far_off_make_no_training_diverge(size):
-    """Those of a network that was trained for a few steps."""
+def test_running_statistics_that_are_far_off_do_not_spoil_the_start(size):
+    """Those of a network that was trained for a few steps: its first answers in training are as in float."""
     net, images = network(), torch.rand(32, 3, 8, 8)
     net[1].running_var *= size
+    net[9].p = 0.0
     prepared = flows.prepare(net, images[:2], "fx", qat=True)
     flows.calibrate(prepared, [images], 0)
-    flows.freeze(prepared.train(), observers=False, statistics=False)
-    F.cross_entropy(prepared(images), torch.arange(32) % 10).backward()
-    largest = max(parameter.grad.abs().max().item() for parameter in prepared.parameters())
-    wanted = copy.deepcopy(net).train()
-    F.cross_entropy(wanted(images), torch.arange(32) % 10).backward()
-    assert largest < 10 * max(parameter.grad.abs().max().item() for parameter in wanted.parameters())
+    for module in (net, net[1], net[5]):
+        module.training = True
+    with torch.no_grad():
+        wanted, answer = net(images), prepared.train()(images)
+    assert (answer - wanted).abs().max() < 0.1 * wanted.abs().max()
