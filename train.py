@@ -9,6 +9,7 @@ from distill import cli
 @cli.command
 def main(cfg):
     from distill import build, compress, export, fit, report, run  # torch is imported from here on
+    from distill.compress.auto import exceeded
     from distill.errors import UserError
     from distill.evaluate import evaluate
     from distill.export.deploy import write_readme
@@ -38,7 +39,7 @@ def main(cfg):
         exporters, failures = build.steps(cfg.export), []
         nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
         if cfg.compress and job.compresses():
-            finetune = finetuner(cfg, teacher, data, folder)
+            finetune = finetuner(cfg, teacher, data, folder, job.identity())
             steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
             small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
             nets["-".join(["student", *steps])] = small
@@ -60,11 +61,15 @@ def main(cfg):
                 "student": student,
             }
             networks["student (last epoch)"] = job.student(run.STUDENT_LAST)
-            rows, unlike = evaluate(networks, nets, files, data, cfg.tolerance)
+            rows, unlike = evaluate(networks, nets, files, data, build.tolerance(cfg))
             failures += unlike
-            report.write(rows, folder, job.context())
+            if "auto" in cfg.compress:
+                small = [file.path.name for name in nets if name != "student" for file in files[name]]
+                failures += exceeded(rows, small, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
+            rows, earlier = report.with_earlier(rows, folder)
+            report.write(rows, folder, job.context(data), failures + earlier)
             if any(files.values()):
-                write_readme(files, data, folder / "export")
+                write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
                 report.log(logger, rows, folder)
             say(report.table(rows))

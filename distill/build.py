@@ -4,18 +4,20 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.checkpoints import load_weights
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.losses.base import Loss
-from distill.models.taps import infer_taps, out_of_place
+from distill.models.taps import heads, infer_taps, out_of_place
 from distill.network import Network
 from distill.progress import leads, say
 from distill.schedules import check_weight
@@ -51,12 +53,14 @@ def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_hea
             arguments[key] = value
     torch.manual_seed(seed)
     net = out_of_place(instantiate(arguments, _convert_="all"))
+    channels = len(described["mean"])
     if cfg.checkpoint:
-        left = load_weights(net, cfg.checkpoint, new_head=fresh_head)
+        left = load_weights(net, cfg.checkpoint, fresh_head, heads(net, image_size, channels))
         if left:
-            say(f"  {cfg.checkpoint} has other classes: {', '.join(left)} start anew")
-    taps = described["taps"] if described["taps"] is not None else infer_taps(net, image_size)
-    wrapped = Network(net, taps, described["mean"], described["std"])
+            say(f"  {cfg.checkpoint} does not hold this network whole: {', '.join(left)} start anew")
+    taps = described["taps"] if described["taps"] is not None else infer_taps(net, image_size, channels)
+    role = cfg._get_full_key(None) or None  # where it lies in the configuration
+    wrapped = Network(net, taps, described["mean"], described["std"], image_size, role)
     return wrapped.to(memory_format=torch.channels_last)
 
 
@@ -70,6 +74,14 @@ def _parameters(target: str) -> Mapping:
 def steps(cfg: DictConfig) -> dict[str, Callable]:
     """Compression steps or exporters by name, in the order given."""
     return {name: instantiate(options, _convert_="all") for name, options in cfg.items()}
+
+
+def tolerance(cfg: DictConfig) -> dict:
+    """What the files' answers may differ by. With compress=auto the budget says how much accuracy they may lose."""
+    bounds = plain(cfg.tolerance)
+    if "auto" in cfg.compress:
+        bounds["compressed"]["accuracy_drop"] = cfg.compress.auto.accuracy_drop
+    return bounds
 
 
 def reloaders(cfg: DictConfig) -> dict[str, Callable]:
@@ -123,13 +135,15 @@ def connect(
         _keep(teacher.network, "teacher", terms)
     rows = torch.arange(2) % len(data.train)
     batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
-    student_outputs = _dry_run(student, batch, "student", data)
+    student_outputs = _dry_run(student, batch, data)
+    if min(data.batch_size, len(data.train)) == 1:
+        _check_batch_norms(student, batch)
     teacher_outputs = None
     if teacher is not None:
         with torch.no_grad():
             teacher_outputs = teacher.eval()(batch)
         teacher.train()
-        _check_logits(teacher_outputs.logits, "teacher", data)
+        _check_logits(teacher_outputs.logits, getattr(teacher.network, "role", None) or "teacher", data)
     for name, loss in terms.items():
         if loss.needs_teacher and teacher is None:
             raise UserError(f"loss {name} needs a teacher, and this run has none")
@@ -154,12 +168,33 @@ def _keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
 
 
 @torch.no_grad()
-def _dry_run(network: Network, batch: Batch, role: str, data: Data):
+def _dry_run(network: Network, batch: Batch, data: Data):
     network.eval()
     outputs = network(batch.images)
     network.train()
-    _check_logits(outputs.logits, role, data)
+    _check_logits(outputs.logits, network.role or "student", data)
     return outputs
+
+
+@torch.no_grad()
+def _check_batch_norms(network: Network, batch: Batch) -> None:
+    """Refuse training on single images where a batch norm would see one number a channel."""
+
+    def check(path: str, module: nn.Module, inputs) -> None:
+        if inputs[0][0].numel() == module.num_features:
+            raise UserError(
+                f"{path} of {type(network.net).__name__} normalises over the images of a batch and cannot learn from a "
+                "batch of one: set data.batch_size to 2 or more"
+            )
+
+    norms = [(path, module) for path, module in network.net.named_modules() if isinstance(module, _BatchNorm)]
+    hooks = [module.register_forward_pre_hook(partial(check, path)) for path, module in norms]
+    try:
+        network.eval()(batch.images)
+        network.train()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_logits(logits, role: str, data: Data) -> None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import UsageError
 from distill.progress import leads
+from distill.schedules import check_weight
 
 PACKAGE = Path(__file__).parent
 PATH = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf")
@@ -125,6 +126,8 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
     if cfg.select not in ("best", "last"):
         raise UsageError(f"select={cfg.select}: choose best or last")
     _check_trainer(cfg)
+    for name, options in cfg.loss.items():
+        check_weight(name, OmegaConf.to_container(options, resolve=True)["weight"])
     values = [word for word in overrides if not is_group(word, choices) and word[0] not in "+~"]
     defaults = compose("train", [word for word in overrides if word not in values])
     for word in values:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from distill import measure, report
+from distill.checkpoints import serialised_bytes
 from distill.compress.coverage import int8_share
 from distill.data.base import Data
 from distill.export import Nets
@@ -60,7 +60,7 @@ def evaluate(
             int8_share=int8_share(net),
         )
 
-    rows = [row(name, net, len(safetensors.torch.save(net.state_dict()))) for name, net in plain.items()]
+    rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
     failures = list(failed.values())
     for name in (name for name in artifacts if name in logits):
         net = source_of[name]

@@ -7,21 +7,26 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 from pytorch_lightning.callbacks import Callback
-from torch import distributed, nn
+from torch import distributed, fx, nn
 
-from distill import build
+from distill import build, export
 from distill.checkpoints import read_state, save_weights
 from distill.data.base import Data
+from distill.errors import UserError
+from distill.export.artifact import Artifact
 from distill.files import content_key
 from distill.fit import fit
 from distill.network import Network
 from distill.progress import say
+from distill.sources import describe, layers, own_sources
 from distill.teachers import Teacher, tensors_hash
 
 DECIDES = ("data", "teacher", "optimizer", "schedule", "trainer", "seed", "select")
 
 
-def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path) -> Callable:
+def finetuner(
+    cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path, identity: Mapping | None = None
+) -> Callable:
     """The callable that compression steps train with.
 
         finetune(net, name, *, epochs, lr, on_epoch=None) -> nn.Module
@@ -31,14 +36,22 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
     weights and configuration is read from its file.
     `on_epoch(net, epoch, epochs, training)` is called where an epoch (from 0) or its validation begins.
 
+    Besides, of the run: `finetune.folder`; `finetune.exports`, its exporters' configuration; and
+
+        finetune.ship(net, flow, folder) -> list[Artifact]
+
+    writes the files that this run's exporters of a flow make of a network, as they ship.
+
     Args:
         cfg: the run's.
         teacher, data: as for the student; the teacher of a run that has none is None.
         folder: the run's.
+        identity: what the run writes into each file.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # from here on this process is alone: it trains on all rows
     losses = logit_losses(cfg.loss)
+    terms = describe(build.losses(losses)[0])
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):  # on one device, as captured, without an average of observers, to the end
         cfg.trainer.devices, cfg.trainer.strategy = 1, "auto"
@@ -46,15 +59,17 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
 
     def finetune(net: nn.Module, name: str, *, epochs: int, lr: float, on_epoch: Callable | None = None) -> nn.Module:
         net = copy.deepcopy(net)
-        step = name.partition("-")[0]
         decides = {key: build.plain(cfg[key]) for key in DECIDES} | {
             "start": tensors_hash(net.named_parameters()),  # what observers saw may differ in the last bit
             "images": data.fingerprint,
             "loss": losses,
             "epochs": epochs,
             "lr": lr,
-            "step": build.plain(cfg.compress.get(step)),
+            "step": _options(cfg.compress, name),
         }
+        own = own_sources([layers(net), layers(teacher) if teacher else None, describe(data.train.transform), terms])
+        graphs = [module.code for module in net.modules() if isinstance(module, fx.GraphModule)]
+        decides |= ({"source": own} if own else {}) | ({"graphs": graphs} if graphs else {})
         decides["data"].pop("num_workers", None)
         key = content_key(decides)
         place = Path(folder) / "compress" / f"{name}-{key}"
@@ -76,8 +91,22 @@ def finetuner(cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
         return net.eval()
 
-    finetune.folder = Path(folder)
+    exporters, file = build.steps(cfg.export), "-".join(["student", *cfg.compress])
+
+    def ship(net: nn.Module, flow: str, folder: Path) -> list[Artifact]:
+        files, failures = export.export({file: {flow: net}}, exporters, folder, data, identity or {})
+        if failures:
+            raise UserError("; ".join(failures))
+        return files[file]
+
+    finetune.folder, finetune.ship, finetune.exports = Path(folder), ship, build.plain(cfg.export)
     return finetune
+
+
+def _options(steps: Mapping, name: str) -> dict | None:
+    """What the configuration says of the step that trains as `name`, such as "prune", "auto-0.5-qat_int8-fx"."""
+    first, *rest = name.split("-")
+    return _options(steps[first], "-".join(rest[1:])) if first == "auto" else build.plain(steps.get(first))
 
 
 def logit_losses(cfg: Mapping) -> dict:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
-from torch import nn
+from torch import Tensor, nn
 
 from distill import build
 from distill.cache import Ask, Cached, identity, open_cache
@@ -322,7 +322,7 @@ def _fit_once(
 
 
 def _copy(state: Mapping) -> dict:
-    return {key: value.detach().cpu().clone() for key, value in state.items()}
+    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _quiet() -> None:

@@ -10,7 +10,10 @@ INIT_TIMEOUT = 10  # seconds a login may take before the run goes on offline
 
 def wandb(folder: Path, name: str, cfg: dict, project: str = "distill"):
     """A WandbLogger that never asks and never waits: offline unless there is a key and the server answers."""
-    import wandb as w
+    try:
+        import wandb as w
+    except ModuleNotFoundError as error:
+        raise UserError("logger=wandb needs Weights & Biases: pip install wandb") from error
     from pytorch_lightning.loggers import WandbLogger
 
     mode = os.environ.get("WANDB_MODE") or ("online" if w.login(prompt=False, verify=False) else "offline")
@@ -32,4 +35,4 @@ def tensorboard(folder: Path, name: str, cfg: dict):
     try:
         return TensorBoardLogger(folder, name="tensorboard", version="")
     except ModuleNotFoundError as error:
-        raise UserError("logger=tensorboard needs TensorBoard: pip install 'distill[tensorboard]'") from error
+        raise UserError("logger=tensorboard needs TensorBoard: pip install tensorboard") from error

@@ -79,9 +79,9 @@ def scores(logits: Tensor, labels: Tensor, teacher: Tensor | None, student: Tens
         teacher, student: logits (N, K) of the teacher and of the float student, None where there is none.
 
     Returns:
-        top1, top5 (None with at most five classes), ece (expected calibration error, 15 equal bins,
-        Guo et al. 2017, arXiv:1706.04599), teacher_agreement, student_agreement, student_delta
-        (max |Δlogit|).
+        top1, its standard error on so many images (top1_error), macro (the mean of the classes' own top-1, of those
+        that there are images of), top5 (None with at most five classes), ece (expected calibration error, 15 equal
+        bins, Guo et al. 2017, arXiv:1706.04599), teacher_agreement, student_agreement, student_delta (max |Δlogit|).
 
     Raises:
         UserError: a logit is not finite, or a label is not a class of the model.
@@ -97,8 +97,14 @@ def scores(logits: Tensor, labels: Tensor, teacher: Tensor | None, student: Tens
         )
     accuracy = dict(preds=logits, target=labels, num_classes=classes, average="micro")
     ece = multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
+    top1 = multiclass_accuracy(**accuracy).item()
+    right = (logits.argmax(1) == labels).double()
+    counts = labels.bincount(minlength=classes)
+    recalls = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, right)[counts > 0] / counts[counts > 0]
     return {
-        "top1": multiclass_accuracy(**accuracy).item(),
+        "top1": top1,
+        "top1_error": (top1 * (1 - top1) / len(labels)) ** 0.5,
+        "macro": recalls.mean().item(),
         "top5": multiclass_accuracy(**accuracy, top_k=5).item() if classes > 5 else None,
         "ece": ece.item(),
         "teacher_agreement": None if teacher is None else agreement(logits, teacher),

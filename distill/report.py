@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 from distill import measure
+from distill.errors import UserError
 from distill.export.artifact import write as write_file
+from distill.files import read_json
 
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
 MISSING = "–"
@@ -48,6 +52,9 @@ class Row:
     format: str = "eager"  # or an artifact's format
     times_eager: float | None = None  # how many times faster than the float student in eager PyTorch
     times_float: float | None = None  # and than the float student's file of the same format
+    top1_error: float | None = None  # one standard error of top1 on so many images
+    macro: float | None = None  # the mean of the classes' own top-1
+    measured: str | None = None  # when, where that was before the report's other rows
 
 
 def check(
@@ -110,11 +117,35 @@ def compare(rows: list[Row]) -> list[Row]:
     ]
 
 
-def write(rows: list[Row], folder: Path, context: Mapping) -> None:
+def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
+    """The rows with those of the report that is in `folder` already, for files that are still in its export/ and are
+    not measured again: what other compressions and formats gave. With them their failures."""
+    try:
+        report = read_json(folder / "report.json")
+        time, known = str(report["environment"]["time"]), {field.name for field in fields(Row)}
+        found = [Row(**{key: value for key, value in row.items() if key in known}) for row in report["rows"]]
+        failures = [str(line) for line in report.get("failures", [])]
+    except (UserError, LookupError, TypeError, AttributeError):  # there is none, or it is of another kind
+        return rows, []
+    new = {row.name for row in rows}
+    kept = [
+        replace(row, measured=row.measured or time)
+        for row in found
+        if row.format != "eager" and row.name not in new and _is_still(folder / "export" / row.name, row.bytes)
+    ]
+    return rows + kept, [line for line in failures if any(line.startswith(f"{row.name}: ") for row in kept)]
+
+
+def _is_still(path: Path, size: int | None) -> bool:
+    return path.name == os.path.basename(path) and path.is_file() and path.stat().st_size == size
+
+
+def write(rows: list[Row], folder: Path, context: Mapping, failures: Sequence[str] = ()) -> None:
     """Writes report.json, report.md and report.png into `folder`, each whole or not at all.
 
     Args:
         context: plain JSON values that belong to the figures, such as {"seed": 0, "data": "cifar10"}.
+        failures: a line for each reason why a file may not ship.
 
     Raises:
         UserError: a file cannot be written.
@@ -122,13 +153,14 @@ def write(rows: list[Row], folder: Path, context: Mapping) -> None:
     rows, folder, machine = _ordered(rows), Path(folder), environment()
     content = {
         "rows": [asdict(row) for row in rows],
+        "failures": list(failures),
         "context": dict(context),
         "environment": machine,
         "protocol": PROTOCOL,
     }
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_file(folder / "report.json", f"{text}\n".encode())
-    write_file(folder / "report.md", _markdown(rows, context, machine).encode())
+    write_file(folder / "report.md", _markdown(rows, context, failures, machine).encode())
     write_file(folder / "report.png", _plot(rows))
 
 
@@ -144,21 +176,44 @@ def log(logger, rows: list[Row], folder: Path) -> None:
         logger.experiment.add_image("report", imread(folder / "report.png"), dataformats="HWC")
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as plain text of at most 120 columns, with or without a terminal; long names are folded."""
+# columns of the terminal's table, those first that go first where there is no room for all
+DROPPED = (
+    *("p95\nms", "params\nM", "max\n|Δlogit|", "teacher\nagr. %", "ECE", "MACs\nM", "int8\n%", "Δ"),
+    *("student\nagr. %", "macro\n%"),
+)
+
+
+def table(rows: list[Row], width: int | None = None) -> str:
+    """The rows as plain text, with or without a terminal; long names are folded.
+
+    Args:
+        width: columns of text at most; less important columns of the table are left out where it takes more. None:
+            the terminal's, at most 120.
+    """
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    headers, *body = _cells(_ordered(rows), short=True)
-    grid.add_column(headers[0], overflow="fold", min_width=20)
-    for header in headers[1:]:
-        grid.add_column(header, justify="right", no_wrap=True)
-    for cells in body:
-        grid.add_row(*cells)
-    console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(grid)
+    width = width or min(120, shutil.get_terminal_size((120, 24)).columns)
+    columns = list(zip(*_cells(_ordered(rows), short=True), strict=True))
+    name = min(20, max(12, width // 4), max(map(len, columns[0])))
+
+    def grid() -> Table:
+        made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+        made.add_column(columns[0][0], overflow="fold", width=name)
+        for header, *_ in columns[1:]:
+            made.add_column(header, justify="right", no_wrap=True)
+        for cells in list(zip(*columns, strict=True))[1:]:
+            made.add_row(*cells)
+        return made
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    unbounded = console.options.update(max_width=10_000)
+    for header in DROPPED:
+        if Measurement.get(console, unbounded, grid()).maximum > width:
+            columns = [column for column in columns if column[0] != header]
+    console.print(grid())
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
 
 
@@ -196,11 +251,17 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
     def show(value, spec: str, scale: float = 1) -> str:
         return MISSING if value is None else format(value * scale, spec)
 
+    def top1(row: Row) -> str:
+        error = "" if row.top1_error is None else f" ±{100 * row.top1_error:.{1 if short else 2}f}"
+        return show(row.top1, ".2f", 100) + error
+
     student = next((row.top1 for row in rows if row.name == "student"), None)
+    uneven = any(None not in (row.macro, row.top1) and abs(row.macro - row.top1) > 1e-6 for row in rows)
     headers = {
         "model": "model",
         "top-1 %": "top-1\n%",
-        "change": "±",
+        **({"macro %": "macro\n%"} if uneven else {}),
+        "change": "Δ",
         "agreement with teacher %": "teacher\nagr. %",
         "ECE": "ECE",
         "max |Δlogit|": "max\n|Δlogit|",
@@ -220,7 +281,8 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
         lines.append(
             [
                 row.name,
-                show(row.top1, ".2f", 100),
+                top1(row),
+                *([show(row.macro, ".2f", 100)] if uneven else []),
                 show(change, "+.2f", 100),
                 show(row.teacher_agreement, ".2f", 100),
                 show(row.ece, ".4f"),
@@ -238,17 +300,26 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
     return lines
 
 
-def _markdown(rows: list[Row], context: Mapping, machine: Mapping) -> str:
+def _markdown(rows: list[Row], context: Mapping, failures: Sequence[str], machine: Mapping) -> str:
     headers, *body = _cells(rows, short=False)
     lines = ["# Report", "", "| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
     lines.append("| --- |" + " ---: |" * (len(headers) - 1))
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in body]
+    images = f"{context['test images']:,}" if "test images" in context else "so many"
     lines += [
         "",
-        "Change: top-1 in points against the float student.",
+        f"Top-1 ± one standard error on {images} test images. Change: top-1 in points against the float student.",
+        *(["Macro: the mean of the classes' own top-1."] if "macro %" in headers else []),
         "",
         "![accuracy and cost](report.png)",
     ]
+    times = {
+        row.measured: [each.name for each in rows if each.measured == row.measured] for row in rows if row.measured
+    }
+    for time, names in times.items():
+        lines += ["", f"Measured before, at {time}: {', '.join(names)}."]
+    if failures:
+        lines += ["", "## May not ship", "", *(f"- {line}" for line in failures)]
     for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):
         if values:
             lines += ["", f"## {title}", "", *(f"- {key}: {value}" for key, value in values.items())]

@@ -96,12 +96,16 @@ class Run:
             **self.record["choices"],
         }
 
-    def context(self) -> dict:
-        """What the report says of the run."""
+    def context(self, data: Data) -> dict:
+        """What the report says of the run: the commands one after the other make the same."""
         saved = read_description(self.folder / STUDENT)
         chosen = f"{saved['selected']} epoch, {saved['epoch']}"
-        command = " ".join(["python train.py", *(shlex.quote(word) for word in self.record["overrides"])])
-        return {**self.identity(), "command": command, "student's epoch": chosen}
+        commands = self.record.get("commands", [self.record["overrides"]])
+        if len(commands) > 1 and not any(word.startswith("name=") for word in commands[0]):  # the others name it
+            commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]
+        lines = (" ".join(["python train.py", *map(shlex.quote, words)]) for words in commands)
+        context = {"command": " && ".join(lines), "student's epoch": chosen, "test images": len(data.test)}
+        return {**self.identity(), **context}
 
     def write(self, **changes) -> None:
         self.record |= changes
@@ -165,9 +169,11 @@ def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
 def _opened(folder: Path, cfg: DictConfig) -> Run:
     hydra = HydraConfig.get()
     words = [word for word in hydra.overrides.task if not word.startswith("trust=")]  # trust is for one command
+    command = words
     record = {
         "choices": {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")},
         "overrides": words,
+        "commands": [words],
         "versions": _versions(),
         "git": _git_commit(),
         "created": _now(),
@@ -175,11 +181,14 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
     begun, trusts = any((folder / name).exists() for name in MADE), cfg.trust
     if (folder / "run.json").is_file() and (begun or cfg.run is not None):
         record = read_record(folder)
+        commands = record.get("commands", [record["overrides"]])
+        again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
         if cfg.run is not None:
             cfg, words = _continued(folder, record["overrides"], words, trusts)
         if begun:
             _refuse_change(folder, record["overrides"], cfg)
         record["overrides"] = words
+        record["commands"] = commands if again else [*commands, command]
     with open_dict(cfg):
         cfg.name, cfg.run, cfg.trust = folder.name, None, trusts
     if leads():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,8 @@ def folders(root: str | Path = "outputs") -> list[Path]:
 def models(*roots: str | Path) -> pd.DataFrame:
     """One row for every model of every reported run under `roots`: what the run was, and the model's figures.
 
-    Columns: run, folder, teacher, student, data, loss, seed, overrides, then those of `distill.report.Row`
+    Columns: run, folder, teacher, student, data, loss, seed, overrides, options (those but for seed and name: runs with
+    the same options are repetitions of each other), then those of `distill.report.Row`
     (`name` is the model's: "teacher", "student alone", "student", a file's name).
     """
     import pandas as pd
@@ -49,6 +51,7 @@ def summary(*roots: str | Path) -> pd.DataFrame:
             by_name = {model["name"]: model for model in read_json(folder / "report.json")["rows"]}
             for name in ("teacher", "student alone", "student"):
                 row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
+            row["test images"] = read_json(folder / "report.json")["context"].get("test images")
             if row["student alone top-1"] is not None:
                 row["gain"] = row["student top-1"] - row["student alone top-1"]
             files = [model for name, model in by_name.items() if "." in name and model["top1"] is not None]
@@ -90,6 +93,7 @@ def _identity(folder: Path) -> dict:
         "loss": "+".join(cfg["loss"]),
         "seed": cfg["seed"],
         "overrides": " ".join(record["overrides"]),
+        "options": " ".join(sorted(word for word in record["overrides"] if not word.startswith(("seed=", "name=")))),
     }
 
 
@@ -119,7 +123,9 @@ class SweepTable(Callback):
             sys.exit(1)
         shown = [name for name in SHOWN if name in table]
         print(f"\n{len(table)} runs in {root}")
-        print(table[shown].to_string(index=False, float_format="{:.4g}".format, na_rep="–"), flush=True)
+        width = shutil.get_terminal_size((10_000, 24)).columns  # of a terminal: wider tables go on below
+        text = table[shown].to_string(index=False, float_format="{:.4g}".format, na_rep="–", line_width=width)
+        print(text, flush=True)
         if (table["status"] != "done").any():
             sys.exit(1)
 

@@ -255,6 +255,8 @@ class Ema(Teacher):
         share = (1 / (self.steps + 1)).clamp(min=1 - self.decay)  # of the new weights
         averages, values = self.network.state_dict(), student.state_dict()
         for name, average in averages.items():
+            if not isinstance(average, Tensor):  # a module's extra state
+                continue
             if average.is_floating_point():
                 average.lerp_(values[name].to(average.dtype), share.to(average.dtype))
             else:

@@ -1,5 +1,6 @@
 """Weights from files and back: what is read, what is refused, and what the refusal says."""
 
+import importlib.util
 import os
 import pickle
 
@@ -8,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
+from torchvision.models import get_model
 
 from distill import checkpoints
 from distill.checkpoints import load_weights, read_metadata, read_state, save_weights
 from distill.errors import UserError
+from distill.models import timm_models, torchvision_models
+from distill.models.deit import deit
 
 
 def make(classes=10, width=4, seed=0):
@@ -237,3 +242,145 @@ def test_torchscript_and_numpy_scalars_are_refused_in_words(tmp_path):
     assert "TorchScript" in error_of(read_state, tmp_path / "script.pt")
     torch.save({"state_dict": make().state_dict(), "best": np.float64(0.9)}, tmp_path / "numpy.pt")
     assert "more than tensors" in error_of(read_state, tmp_path / "numpy.pt")
+
+
+# ---- files as the world has them
+
+
+def resnet(classes=10, image_size=96):
+    return torchvision_models.classifier("resnet18", classes, image_size)
+
+
+def saved(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "encoder.", "teacher.", "module.backbone.", "model.net.", "module.encoder_q.", "learner.f."]
+)
+def test_any_name_in_front_is_dropped(tmp_path, prefix):
+    net, other = make(seed=1), make(seed=2)
+    path = saved(tmp_path, {"state_dict": {**under(prefix, net.state_dict()), "projector.weight": torch.zeros(2)}})
+    assert load_weights(other, path) == []
+    assert same(net.state_dict(), other.state_dict())
+
+
+def test_a_vision_transformers_encoder_is_its_own(tmp_path):
+    net, other = deit(10, 16, width=12, depth=2), deit(10, 16, width=12, depth=2)
+    assert load_weights(other, saved(tmp_path, under("backbone.", net.state_dict()))) == []
+    assert same(net.state_dict(), other.state_dict())
+
+
+def test_body_and_head_may_lie_under_names_of_their_own(tmp_path):
+    net, other = make(seed=1), make(seed=2)
+    state = {("head." if key.startswith("3.") else "backbone.") + key: value for key, value in net.state_dict().items()}
+    assert load_weights(other, saved(tmp_path, {"meta": {"epoch": 3}, "state_dict": state})) == []
+    assert same(net.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("key", ["ema_state_dict", "weights", "params", "params_ema", "my_model"])
+def test_the_state_dict_is_found_under_any_key_but_the_optimizers(tmp_path, key):
+    state = make().state_dict()
+    optimizer = {
+        "state": {0: {"exp_avg": torch.zeros(2)}},
+        "param_groups": [],
+        "extra": {str(n): torch.zeros(1) for n in range(99)},
+    }
+    assert same(read_state(saved(tmp_path, {"optimizer": optimizer, "epoch": 3, key: state})), state)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_file_with_auxiliary_classifiers_fits_a_network_without_and_one_with(tmp_path, name):
+    options = {"weights": None, "init_weights": False}
+    state = get_model(name, **options).state_dict()
+    path = saved(tmp_path, state)
+    assert any(key.lower().startswith("aux") for key in state)
+    net = torchvision_models.classifier(name, 1000, 96)
+    assert load_weights(net, path) == []
+    assert torch.equal(net.fc.weight, state["fc.weight"])
+    few = get_model(name, num_classes=7, **options)
+    left = load_weights(few, path, new_head=True, heads=["fc"])
+    assert {"fc.weight", "fc.bias"} < {*left} and all("fc" in key for key in left)
+    assert len(left) == (6 if name == "googlenet" else 4)  # the auxiliary ones' too
+
+
+def test_both_heads_of_a_deit_start_anew(tmp_path):
+    path = saved(tmp_path, deit(10, 16, width=12, depth=1).state_dict())
+    few = deit(7, 16, width=12, depth=1)
+    assert "10 classes, the data 7" in error_of(load_weights, few, path)
+    new = ["heads.weight", "heads.bias", "dist_head.weight", "dist_head.bias"]
+    assert load_weights(few, path, new_head=True) == new
+
+
+def test_a_file_without_a_classifier_starts_a_new_one(tmp_path):
+    net, other = make(seed=1), make(seed=2)
+    body = {key: value for key, value in net.state_dict().items() if not key.startswith("3.")}
+    path = saved(tmp_path, under("encoder.", body) | {"projector.0.weight": torch.zeros(3, 3)})
+    assert load_weights(other, path, new_head=True, heads=["3"]) == ["3.weight", "3.bias"]
+    assert torch.equal(other[0].weight, net[0].weight)
+    assert "missing: 3.weight, 3.bias" in error_of(load_weights, other, path, heads=["3"])
+    assert "missing: 3.weight" in error_of(load_weights, other, path, new_head=True, heads=["0"])
+
+
+def interpolated(table, side):
+    """(1, S², D) → (1, side², D), by torchvision's and timm's way."""
+    old = int(len(table[0]) ** 0.5)
+    grid = table.view(1, old, old, -1).permute(0, 3, 1, 2)
+    return F.interpolate(grid, (side, side), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5])
+def test_position_embeddings_follow_the_images_size(tmp_path, tokens):
+    def table(side):
+        net = nn.Module()
+        net.pos_embed = nn.Parameter(torch.randn(1, tokens + side * side, 3))
+        return net
+
+    net, other = table(14), table(12)
+    assert load_weights(other, saved(tmp_path, net.state_dict())) == []
+    torch.testing.assert_close(other.pos_embed[:, :tokens], net.pos_embed[:, :tokens])
+    torch.testing.assert_close(other.pos_embed[:, tokens:], interpolated(net.pos_embed[:, tokens:].detach(), 12))
+
+
+def test_a_vit_of_224_px_is_read_at_192_px(tmp_path):
+    files = {
+        torchvision_models.classifier("vit_b_16", 10, 192): get_model("vit_b_16", num_classes=10),
+        deit(10, 48, width=12, depth=1, patch_size=4): deit(10, 32, width=12, depth=1, patch_size=4),
+    }
+    if importlib.util.find_spec("timm"):
+        import timm
+
+        for name in ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "pit_ti_224", "volo_d1_224"):
+            files[timm_models.classifier(name, 10, 192)] = timm.create_model(name, num_classes=10)
+    for net, original in files.items():
+        assert load_weights(net, saved(tmp_path, original.state_dict())) == []
+        assert torch.equal(net.state_dict()[last := list(net.state_dict())[-1]], original.state_dict()[last])
+
+
+def test_the_first_layer_for_small_images_starts_anew(tmp_path):
+    state = get_model("resnet18", num_classes=10).state_dict()
+    path, small = saved(tmp_path, state), resnet(image_size=32)
+    fresh = small.conv1.weight.clone()
+    text = error_of(load_weights, small, path)
+    assert "conv1.weight is (64, 3, 7, 7) for images of another size" in text and "teacher.fit.epochs" in text
+    assert load_weights(small, path, new_head=True) == ["conv1.weight"]
+    assert torch.equal(small.conv1.weight, fresh) and torch.equal(small.fc.weight, state["fc.weight"])
+    few = resnet(7, 32)
+    assert load_weights(few, path, new_head=True, heads=["fc"]) == ["conv1.weight", "fc.weight", "fc.bias"]
+    state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 5, 5)  # another kernel inside is another network
+    assert "layer1.0.conv1.weight (64, 64, 5, 5)" in error_of(load_weights, few, saved(tmp_path, state), True)
+
+
+def test_tables_that_differ_like_a_head_are_none(tmp_path):
+    def net(rows):
+        found = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+        found.table = nn.Parameter(torch.zeros(rows, 4))
+        return found
+
+    path = saved(tmp_path, net(10).state_dict())
+    assert "table (10, 4), expected (7, 4)" in error_of(load_weights, net(7), path, new_head=True, heads=["1"])

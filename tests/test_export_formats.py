@@ -22,6 +22,7 @@ from distill.errors import UsageError, UserError
 from distill.export import deploy, executorch, onnx, torch_export, torchscript
 from distill.export.serve import serve
 from distill.network import Network
+from distill.report import Row
 
 EXPORTERS = {"torchscript": torchscript, "executorch": executorch, "onnx": onnx, "torch_export": torch_export}
 NEW = ["executorch", "onnx", "torch_export"]
@@ -407,7 +408,8 @@ def test_the_programs_of_the_readme_run(exported, data):
     from PIL import Image
 
     folder, files = exported
-    deploy.write_readme(files, data, folder)
+    rows = [Row(file.path.name, format=file.format) for several in files.values() for file in several]
+    deploy.write_readme(rows, data, folder)
     text = (folder / "README.md").read_text()
     image = data.test[torch.tensor([3]), torch.tensor([0])].images
     pixels = (image[0] * 255).round().byte().permute(1, 2, 0).numpy()

@@ -49,12 +49,12 @@ def accuracy(net: nn.Module, data) -> float:
 
 
 def unbalanced(net: nn.Module) -> nn.Module:
-    """The same function, but channels between two convolutions differ in size by 100: one range fits them badly."""
+    """The same function, but channels between two convolutions differ in size by 300: one range fits them badly."""
     net = copy.deepcopy(net)
     for block in net.modules():
         if type(block).__name__ == "BasicBlock":
             order = torch.randperm(block.bn1.num_features, generator=torch.Generator().manual_seed(0))
-            factor = torch.logspace(-1, 1, len(order))[order]
+            factor = torch.logspace(-1.25, 1.25, len(order))[order]
             block.bn1.weight.data *= factor
             block.bn1.bias.data *= factor
             block.conv2.weight.data /= factor.view(1, -1, 1, 1)
@@ -76,8 +76,10 @@ def test_qat_recovers_what_static_int8_loses(job, trained, tmp_path):
     static = accuracy(static_int8(net, data=data), data)
     finetune = finetuner(cfg, teacher, data, tmp_path)
     small = qat_int8(net, finetune, data, lr=2e-3)
-    assert whole > 0.6 and static < whole - 0.01
-    assert accuracy(small, data) >= static
+    plain = static_int8(finetune(net, "plain", epochs=2, lr=2e-3), data=data)  # what training without rounding gives
+    # measured: 0.93 in float, 0.18 and, trained without rounding, 0.37 in int8, 0.90 trained under it
+    assert whole > 0.9 and static < 0.5
+    assert accuracy(small, data) > max(static, accuracy(plain, data)) + 0.2
     images = torch.rand(7, 3, data.image_size, data.image_size)
     assert small(images).shape == (7, 10) and small(images[:1]).shape == (1, 10)
     # a second time it is read from its file, bit by bit
@@ -134,8 +136,7 @@ def test_a_killed_finetuning_ends_with_the_same_bits(job, trained, tmp_path, mon
 def test_ranges_and_statistics_are_frozen_late_and_in_validation(flow):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(64, 2))
-    if flow == "fx":  # torchao's patterns take half a minute where there is a batch norm
-        net.insert(1, nn.BatchNorm2d(4))
+    net.insert(1, nn.BatchNorm2d(4))
     prepared = flows.prepare(net, torch.rand(2, 3, 6, 6), flow, qat=True)
     prepared(torch.rand(8, 3, 6, 6))
 
@@ -147,7 +148,7 @@ def test_ranges_and_statistics_are_frozen_late_and_in_validation(flow):
         return {{"running_mean": "statistics", "scale": "ranges"}.get(name) for name in names} - {None}
 
     flows.freeze(prepared.train(), observers=False, statistics=False)
-    assert moved(5 * torch.rand(8, 3, 6, 6)) == ({"statistics", "ranges"} if flow == "fx" else {"ranges"})
+    assert moved(5 * torch.rand(8, 3, 6, 6)) == {"statistics", "ranges"}
     flows.freeze(prepared.eval(), observers=True, statistics=False)
     assert moved(9 * torch.rand(7, 3, 6, 6)) == set()
     flows.freeze(prepared.train(), observers=True, statistics=True)
@@ -155,7 +156,8 @@ def test_ranges_and_statistics_are_frozen_late_and_in_validation(flow):
     images = torch.rand(7, 3, 6, 6)
     assert not torch.equal(prepared(images), prepared(images))  # dropout still drops
     small = flows.convert(prepared, flow)
-    torch.testing.assert_close(small(images), prepared.eval()(images), rtol=0, atol=0.05)
+    step = max(module.scale.max().item() for module in prepared.modules() if hasattr(module, "fake_quant_enabled"))
+    torch.testing.assert_close(small(images), prepared.eval()(images), rtol=0, atol=1.01 * step)
     assert torch.equal(copy.deepcopy(prepared)(images), prepared(images))
 
 

@@ -21,7 +21,7 @@ from distill.checkpoints import load_weights
 from distill.errors import UserError
 from distill.models import timm_models, torchvision_models
 from distill.models.resnet_cifar import PadShortcut, ResNet, resnet
-from distill.models.taps import head_path, infer_taps
+from distill.models.taps import heads, infer_taps
 from distill.models.vgg_cifar import vgg
 from distill.models.wrn_cifar import wrn
 from distill.network import Network
@@ -71,7 +71,7 @@ def test_every_file_gives_logits_and_taps(file):
         outputs = network.keep(taps)(torch.rand(1, 3, size, size))
         assert outputs.logits.shape == (1, 10) and outputs.logits.isfinite().all()
         assert list(outputs.features) == taps
-        head = network.net.get_submodule(head_path(network.net))
+        head = network.net.get_submodule(heads(network.net, size)[0])
         width = head.in_features if isinstance(head, nn.Linear) else head.in_channels
         assert outputs.features["pooled"].shape == (1, width)
         stages = [outputs.features[tap] for tap in taps[:-1]]
@@ -283,9 +283,24 @@ def test_torchvision_weights_in_its_folder_are_used_and_never_run(tmp_path, monk
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_weights_of_a_vit_take_images_of_another_size(monkeypatch):
+    make = torchvision_models.get_model
+    torch.manual_seed(0)
+    original = make("vit_b_32", weights=None)
+    monkeypatch.setattr(
+        torchvision_models, "get_model", lambda name, weights, **o: original if weights else make(name, **o)
+    )
+    net = torchvision_models.classifier("vit_b_32", 10, 96, weights="DEFAULT").eval()
+    assert net.encoder.pos_embedding.shape == (1, 1 + 3 * 3, 768) and net(torch.rand(2, 3, 96, 96)).shape == (2, 10)
+    assert torch.equal(net.conv_proj.weight, original.conv_proj.weight)
+    assert torch.equal(net.encoder.pos_embedding[:, 0], original.encoder.pos_embedding[:, 0])
+    mean = original.encoder.pos_embedding[:, 1:].mean()
+    torch.testing.assert_close(net.encoder.pos_embedding[:, 1:].mean(), mean, rtol=0, atol=2e-3)
+
+
 def test_a_pretrained_squeezenet_gets_a_new_convolution_as_head():
     net = torchvision_models.classifier("squeezenet1_1", 1000, 64)
-    torchvision_models._fit_head(net, 7)
+    torchvision_models._fit_heads(net, 7, 64)
     assert net.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 7)
 
 

@@ -195,7 +195,9 @@ def test_an_average_of_half_precision_is_refused(train, tmp_path, capfd, words):
         "+trainer.min_epochs=1",
     ],
 )
-def test_other_trainer_options_work(train, tmp_path, word):
+def test_other_trainer_options_work(train, tmp_path, word, request):
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    request.addfinalizer(lambda: torch.autograd.set_detect_anomaly(False))
     extra = ["trainer.gradient_clip_val=1"] if "clip" in word else []
     assert train(*TINY, word, *extra, "teacher.fit.epochs=0", "teacher.untrained=true", cwd=tmp_path) == 0
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_scores_by_hand():
     ece = 2 / 4 * abs(0.5 - 0.9) + 1 / 4 * (1 - 0.5) + 1 / 4 * (1 - 0.6)
     assert found == {
         "top1": 0.75,
+        "top1_error": pytest.approx((0.75 * 0.25 / 4) ** 0.5),
+        "macro": pytest.approx((1 + 1 / 2 + 1) / 3),
         "top5": None,
         "ece": pytest.approx(ece, abs=1e-6),
         "teacher_agreement": 0.75,
@@ -90,6 +93,14 @@ def test_ece_and_top5_against_a_plain_loop():
     assert found["top5"] == pytest.approx(top5)
     assert found["top1"] == pytest.approx((chosen == labels).double().mean().item())
     assert found["teacher_agreement"] is None
+    recalls = [(chosen == labels)[labels == label].double().mean().item() for label in range(10)]
+    assert found["macro"] == pytest.approx(sum(recalls) / 10)
+
+
+def test_macro_accuracy_leaves_out_classes_without_images_and_shows_a_class_that_is_lost():
+    logits, labels = torch.eye(4)[[0] * 10], torch.tensor([0] * 8 + [1, 2])
+    found = measure.scores(logits, labels, None, None)
+    assert found["top1"] == pytest.approx(0.8) and found["macro"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -361,6 +372,52 @@ def test_the_terminal_table_fits_120_columns_and_loses_no_name():
     names = "".join(line[1:22].strip() for line in lines)
     assert all(name in names for name in [*NAMES, long.name])
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
+def test_the_table_fits_the_terminal(width, monkeypatch):
+    """Of a narrow one what matters most: names, accuracy, bytes and time."""
+    rows = [replace(row, top1_error=0.0123, macro=0.5, macs=row.macs and 123_400_000) for row in ROWS]
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = report.table(rows)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text and "80.00 ±1.2" in text and "kB" in text and "ms" in text
+    assert ("ECE" in text) == (width > 80)
+
+
+def test_the_errors_and_the_test_sets_size_are_told(tmp_path):
+    rows = [replace(row, top1_error=0.0123, macro=0.5) for row in ROWS]
+    report.write(rows, tmp_path, {"test images": 1234}, ["student.ptl: logits differ"])
+    text = (tmp_path / "report.md").read_text()
+    assert "| student | 80.00 ±1.23 | 50.00 | +0.00 |" in text
+    assert "one standard error on 1,234 test images" in text and "- student.ptl: logits differ" in text
+    report.write(ROWS, tmp_path, {})
+    assert "macro" not in (tmp_path / "report.md").read_text().lower()
+
+
+def test_rows_of_other_compressions_stay_while_their_files_do(tmp_path):
+    """Not those measured again, of networks, of files that are gone or were written anew."""
+    (tmp_path / "export").mkdir()
+    files = {"a.pt": 10, "b.pt": 20, "gone.pt": 30, "other.pt": 41}
+    for name, size in files.items():
+        if name != "gone.pt":
+            (tmp_path / "export" / name).write_bytes(bytes(size))
+    first = [
+        Row("student", 0.5),
+        *(Row(name, 0.5, bytes=min(size, 40), format="torchscript") for name, size in files.items()),
+    ]
+    assert report.with_earlier(first, tmp_path) == (first, [])
+    report.write(first, tmp_path, {}, ["b.pt: bad", "a.pt: bad", "compress for fx: failed"])
+    again = [Row("student", 0.6), Row("a.pt", 0.6, bytes=10, format="torchscript")]
+    rows, failures = report.with_earlier(again, tmp_path)
+    assert [(row.name, row.top1) for row in rows] == [("student", 0.6), ("a.pt", 0.6), ("b.pt", 0.5)]
+    assert rows[2].measured and failures == ["b.pt: bad"]
+    report.write(rows, tmp_path, {}, failures)
+    assert f"Measured before, at {rows[2].measured}: b.pt" in (tmp_path / "report.md").read_text()
+    assert report.with_earlier(again, tmp_path)[0][2].measured == rows[2].measured
+    for damaged in ("{", "[]", '{"rows": 3, "environment": {}}', '{"rows": [{"nam": 1}], "environment": {"time": 1}}'):
+        (tmp_path / "report.json").write_text(damaged)
+        assert report.with_earlier(again, tmp_path) == (again, [])
 
 
 def test_nan_is_no_figure(tmp_path):

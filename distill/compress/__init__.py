@@ -10,13 +10,18 @@ from torch import nn
 from distill.compress.coverage import describe
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
+from distill.export.graph import place, reason
 from distill.progress import say
 
 
 def compress(
     steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable, flows: Iterable[str]
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed."""
+    """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed.
+
+    Raises:
+        UsageError: a wrong option, which no runtime would take.
+    """
     nets, failures, flows = {}, [], dict.fromkeys(flows)
     if not flows:
         say("compress: nothing to compress for, export=[] names no file")
@@ -45,7 +50,18 @@ def chain(
         finetune: `finetune(net, name, epochs=…, lr=…, on_epoch=None) -> nn.Module`, see distill/finetune.py; None:
             steps that train are refused.
         flow: for which runtime a step quantizes where that makes a difference, see distill/compress/flows.py.
+
+    Raises:
+        UserError: a step can't take the network, whatever it stumbled over: steps rewrite networks of any making.
     """
-    for step in steps.values():
-        net = step(net, finetune=finetune, data=data, flow=flow)
+    for name, step in steps.items():
+        try:
+            net = step(net, finetune=finetune, data=data, flow=flow)
+        except UserError:
+            raise
+        except Exception as error:
+            kind = type(getattr(net, "net", net)).__name__
+            raise UserError(
+                f"{name} can't compress {kind}{place(error, net)}: {reason(error)}; leave compress={name} out for it"
+            ) from error
     return net

@@ -1,15 +1,17 @@
 """compress=auto: the smallest file within a budget, found by making and measuring candidates.
 
 A candidate is a share of channels to prune and a way to quantize what is left. Bytes and latency need no training:
-they are measured first, on the exported file in its own runtime, for all candidates. Those within the budget are then
-trained and scored on the validation images, the smallest first, until one is accurate enough. What was chosen is kept
-in the run's folder: a later command exports the same, although times measured again would differ.
+they are measured first, on the files that the run's exporters write of it, each in its own runtime, for all candidates;
+all files of one count, the largest and the slowest. Those within the budget are then trained and scored on the
+validation images, the smallest first, until one is accurate enough. What was chosen is kept in the run's folder: a
+later command exports the same, although times measured again would differ.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -20,17 +22,21 @@ from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.prune import prune
 from distill.compress.qat_int8 import qat_int8
 from distill.compress.static_int8 import static_int8
+from distill.compress.tuning import tuning
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
+from distill.export.artifact import Artifact
+from distill.export.graph import reason
 from distill.export.serve import serve
 from distill.files import atomic, content_key
 from distill.measure import accuracy_on, latency
 from distill.progress import say
 from distill.sizes import parse_bytes
+from distill.sources import describe
 from distill.teachers import content_hash
 
-RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # what measures a flow
+RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # where no run says what it exports
 QUANTIZERS = {
     "none": None,
     "weight_only_int8": weight_only_int8,
@@ -46,8 +52,9 @@ class Candidate:
 
     ratio: float  # of channels pruned
     quantizer: str
-    bytes: int | None = None
-    latency_ms: float | None = None
+    bytes: int | None = None  # of the largest file
+    latency_ms: float | None = None  # of the slowest
+    largest: str = ""  # the largest file's ending
     drop: float | None = None  # of validation accuracy, to the float student's, in [0, 1]
 
     def __str__(self) -> str:
@@ -68,26 +75,29 @@ def auto(
     quantizers: Sequence[str] = ("weight_only_int8", "static_int8", "qat_int8"),
     epochs: int = 5,
     lr: float = 5e-3,
+    **steps: Callable,
 ) -> nn.Module:
-    """`net` compressed as the smallest file of `flow`'s runtime within the budget, and a table of what was measured.
+    """`net` compressed as the smallest that is within the budget in all files of `flow`; what was measured is shown.
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K); untouched.
         finetune: trains candidates, see distill/finetune.py. Where it has a `folder`, the choice is kept in
-            folder/compress/auto-FLOW.json, and taken from there for the same weights, images and options.
+            folder/compress/auto-FLOW.json, and taken from there for the same weights, images and options; where it has
+            `ship`, that writes the files that are measured, else the exporter of RUNTIMES does.
         data: training images calibrate, validation images decide.
-        bytes: of the file, at most: a number or "1MB"; None: any.
-        latency_ms: of one image on one thread of this machine, at most; None: any.
+        bytes: of each file, at most: a number or "1MB"; None: any.
+        latency_ms: of one image on one thread of this machine, in each file, at most; None: any.
         accuracy_drop: of validation accuracy, in [0, 1], at most, to that of `net`.
         ratios: shares of channels to prune, see distill/compress/prune.py; 0: none.
         quantizers: of QUANTIZERS.
         epochs, lr: of the fine-tuning after pruning.
+        steps: those of QUANTIZERS that have options of their own, by name.
 
     Raises:
         UsageError: an unknown quantizer, a ratio out of range.
         UserError: no candidate is within the budget: says which came closest and what it misses.
     """
-    unknown = [name for name in quantizers if name not in QUANTIZERS]
+    unknown = {*quantizers, *steps} - QUANTIZERS.keys()
     if unknown or not all(0 <= ratio < 1 for ratio in ratios) or not (ratios and quantizers):
         raise UsageError(
             f"compress.auto: ratios={list(ratios)} must be in [0, 1), quantizers={list(quantizers)} some of "
@@ -95,16 +105,25 @@ def auto(
         )
     if latency_ms is not None and not isinstance(latency_ms, (int, float)):
         raise UsageError(f"budget.latency_ms={latency_ms}: expected milliseconds, such as 5")
+    if finetune is None:
+        raise UserError("compress=auto trains: it needs a run with data and losses")
     limit = None if bytes is None else parse_bytes(bytes, "budget.bytes")
-    narrow = {}  # pruned and trained, by ratio
+    steps = QUANTIZERS | steps
+    ship = getattr(finetune, "ship", partial(_files, data=data))
+    narrow = cache(lambda ratio: _pruned(net, data, ratio))
+
+    @cache
+    def trained(ratio: float) -> nn.Module:
+        train = tuning("auto", _named(finetune, ratio), epochs if ratio else 0, lr)
+        return train(narrow(ratio), "prune")
 
     def made(candidate: Candidate) -> nn.Module:
-        train = _named(finetune, candidate)
-        if candidate.ratio not in narrow:
-            narrow[candidate.ratio] = _pruned(net, data, candidate.ratio, train, epochs, lr)
-        return _quantized(narrow[candidate.ratio], candidate.quantizer, train, data, flow)
+        step = steps[candidate.quantizer]
+        start = trained(candidate.ratio)
+        return start if step is None else step(start, _named(finetune, candidate.ratio), data, flow)
 
     options = [limit, latency_ms, accuracy_drop, list(ratios), list(quantizers), epochs, lr]
+    options += [describe({name: steps[name] for name in quantizers}), getattr(finetune, "exports", None)]
     key = content_key({"flow": flow, "start": content_hash(net), "images": data.fingerprint, "options": options})
     folder = getattr(finetune, "folder", None)
     kept = None if folder is None else folder / "compress" / f"auto-{flow}.json"
@@ -114,9 +133,8 @@ def auto(
         say(table(found, chosen))
         return made(chosen)
     for ratio in ratios:
-        bare = _pruned(net, data, ratio, None, 0, lr)
-        if bare is not None:
-            found += _measured(bare, ratio, quantizers, data, flow)
+        if narrow(ratio) is not None:
+            found += _measured(narrow(ratio), ratio, {name: steps[name] for name in quantizers}, data, flow, ship)
     wanted = accuracy_on(net, data.val_loader())
     small_enough = [
         candidate
@@ -126,10 +144,12 @@ def auto(
     for candidate in small_enough:
         result = made(candidate)
         drop = wanted - accuracy_on(result, data.val_loader())
-        found[found.index(candidate)] = candidate = replace(candidate, drop=drop)
-        say(f"  auto: {candidate}: {drop:+.2%} of validation accuracy lost")
-        if drop <= accuracy_drop:
-            chosen = candidate
+        bytes_now, largest = _largest(result, flow, ship)  # trained, it may be packed otherwise
+        now = replace(candidate, drop=drop, bytes=bytes_now, largest=largest)
+        found[found.index(candidate)] = now
+        say(f"  auto: {now}: {drop:+.2%} of validation accuracy lost")
+        if drop <= accuracy_drop and (limit is None or bytes_now <= limit):
+            chosen = now
             break
     say(table(found, chosen))
     if chosen is None:
@@ -140,6 +160,22 @@ def auto(
         with atomic(kept) as temporary:
             temporary.write_text(json.dumps(record, indent=2))
     return result
+
+
+def exceeded(rows: Iterable, names: Iterable[str], bytes: int | str | None, latency_ms: float | None) -> list[str]:
+    """One line for each of the shipped files that the report found outside of the budget.
+
+    Args:
+        rows: the report's, of which those count whose name is in `names`.
+        bytes, latency_ms: as for `auto`.
+    """
+    limit, names, lines = None if bytes is None else parse_bytes(bytes, "budget.bytes"), set(names), []
+    for row in (row for row in rows if row.name in names):
+        if limit is not None and row.bytes > limit:
+            lines.append(f"{row.name}: {row.bytes:,} bytes, over the budget of {limit:,}")
+        if latency_ms is not None and row.latency_ms is not None and row.latency_ms > latency_ms:
+            lines.append(f"{row.name}: {row.latency_ms:.3f} ms, over the budget of {latency_ms}")
+    return lines
 
 
 def _recall(kept: Path | None, key: str) -> tuple[list[Candidate], Candidate | None]:
@@ -179,12 +215,12 @@ def table(found: Sequence[Candidate], chosen: Candidate | None) -> str:
     return "\n".join(lines)
 
 
-def _pruned(net: nn.Module, data: Data, ratio: float, train: Callable | None, epochs: int, lr: float):
-    """`net` with fewer channels; None where its channels are too few for that ratio."""
+def _pruned(net: nn.Module, data: Data, ratio: float) -> nn.Module | None:
+    """`net` with fewer channels, not trained; None where its channels are too few for that ratio."""
     if ratio == 0:
         return net
     try:
-        return prune(net, train, data, ratio=ratio, epochs=epochs, lr=lr)
+        return prune(net, None, data, ratio=ratio, epochs=0)
     except UsageError:
         raise
     except UserError as error:
@@ -192,43 +228,54 @@ def _pruned(net: nn.Module, data: Data, ratio: float, train: Callable | None, ep
         return None
 
 
-def _quantized(net: nn.Module, quantizer: str, train: Callable | None, data: Data, flow: str) -> nn.Module:
-    step = QUANTIZERS[quantizer]
-    return net if step is None else step(net, train, data, flow)
-
-
-def _measured(net: nn.Module, ratio: float, quantizers, data: Data, flow: str) -> list[Candidate]:
-    """Bytes and latency of each way to quantize `net`, in one round of turns. QAT's file is as static int8's."""
-    runtime = import_module(f"distill.export.{RUNTIMES[flow]}")
-    example = data.val[torch.arange(2), torch.zeros(2, dtype=torch.int64)].images
+def _measured(
+    net: nn.Module, ratio: float, steps: Mapping[str, Callable | None], data: Data, flow: str, ship: Callable
+) -> list[Candidate]:
+    """Bytes and latency of each way to quantize `net`, in one round of turns. QAT's files are as static int8's."""
+    example = data.val[torch.arange(2) % len(data.val), torch.zeros(2, dtype=torch.int64)].images
     with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for name in dict.fromkeys("static_int8" if each == "qat_int8" else each for each in quantizers):
+        files: dict[str, list[Artifact]] = {}
+        for name, step in steps.items():
+            if name == "qat_int8":
+                untrained = {key: getattr(step, "keywords", {}).get(key, ()) for key in ("skip",)}
+                step = partial(static_int8, **untrained)
             try:
-                small = _quantized(net, name, None, data, flow)
-                files[name] = runtime.export(small, example, Path(folder, name), {})[0]
+                small = net if step is None else step(net, None, data, flow)
+                files[name] = ship(small, flow, Path(folder, name))
             except UsageError:
                 raise
-            except UserError as error:
-                say(f"  auto: {name} is left out: {error}")
-        with serve(files) as served:
+            except Exception as error:  # whatever a step or an exporter stumbles over in this network
+                say(f"  auto: {name} is left out: {error if isinstance(error, UserError) else reason(error)}")
+        each_file = {f"{name} {file.path.name}": file for name, several in files.items() for file in several}
+        with serve(each_file) as served:
             times = latency({name: each.time for name, each in served.items()}, example, seconds=1)
-        sizes = {name: file.path.stat().st_size for name, file in files.items()}
-    like = {name: "static_int8" if name == "qat_int8" else name for name in quantizers}
-    return [
-        Candidate(ratio, name, sizes[like[name]], times[like[name]]["latency_ms"])
-        for name in quantizers
-        if like[name] in times
-    ]
+        found = []
+        for name, several in files.items():
+            slowest = [times.get(f"{name} {file.path.name}", {"latency_ms": None})["latency_ms"] for file in several]
+            if not several or None in slowest:
+                say(f"  auto: {name} is left out: a file of it can't be run")
+                continue
+            size, largest = max((file.path.stat().st_size, file.path.suffix) for file in several)
+            found.append(Candidate(ratio, name, size, max(slowest), largest))
+    return found
 
 
-def _named(finetune: Callable | None, candidate: Candidate) -> Callable | None:
-    """`finetune` into a folder of the candidate's own: those of one ratio share what was pruned."""
-    if finetune is None:
-        raise UserError("compress=auto trains: it needs a run with data and losses")
+def _largest(net: nn.Module, flow: str, ship: Callable) -> tuple[int, str]:
+    """Bytes and ending of the largest file that ships of `net`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return max((file.path.stat().st_size, file.path.suffix) for file in ship(net, flow, Path(folder)))
+
+
+def _files(net: nn.Module, flow: str, folder: Path, *, data: Data) -> list[Artifact]:
+    example = data.val[torch.arange(2) % len(data.val), torch.zeros(2, dtype=torch.int64)].images
+    return import_module(f"distill.export.{RUNTIMES[flow]}").export(net, example, folder / "student", {})
+
+
+def _named(finetune: Callable, ratio: float) -> Callable:
+    """`finetune` into folders of one ratio's own: its candidates share what was pruned."""
 
     def train(net: nn.Module, name: str, **options) -> nn.Module:
-        return finetune(net, f"auto-{candidate.ratio}-{name}", **options)
+        return finetune(net, f"auto-{ratio}-{name}", **options)
 
     return train
 
@@ -254,7 +301,7 @@ def _miss(found: Sequence[Candidate], limit: int | None, latency_ms: float | Non
             return max(one.bytes / (limit or one.bytes), one.latency_ms / (latency_ms or one.latency_ms))
 
         closest = min(found, key=excess)
-        came = f"takes {closest.bytes:,} bytes and {closest.latency_ms:.3f} ms"
+        came = f"takes {closest.bytes:,} bytes ({closest.largest}) and {closest.latency_ms:.3f} ms"
     else:
         return f"compress=auto ({flow}): no candidate could be made; see the lines above"
     return f"compress=auto ({flow}): no candidate is within {asked}; closest: {closest}, which {came}"

@@ -24,6 +24,7 @@ from torch.fx.experimental.optimization import fuse
 
 from distill.compress import flows
 from distill.compress.calibrate import noise
+from distill.compress.layers import without_fast_paths
 from distill.errors import UserError
 
 CONV = ("weight_only", "float")
@@ -61,7 +62,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     int8 weights must not be frozen, so TorchScript would not fold them later. With one scale per channel,
     folding leaves the int8 numbers as they are.
     """
-    net = copy.deepcopy(net).eval()
+    net = without_fast_paths(copy.deepcopy(net).eval())
     try:
         traced = fx.symbolic_trace(net)
     except Exception:  # whatever its forward raises on a symbolic value: control flow that depends on tensors

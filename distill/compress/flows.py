@@ -12,15 +12,12 @@ scale and zero point anew for what it is asked about, when it runs.
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
-from torch.ao import quantization as ao
-from torch.ao.nn.intrinsic.qat import freeze_bn_stats
-from torch.ao.quantization import quantize_fx
 
 from distill.errors import UsageError, UserError
 from distill.export.graph import module_of, place, quiet
@@ -31,9 +28,13 @@ OBSERVERS = ("histogram", "minmax", "moving_average")
 BATCH_NORM, DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
 CLAMPS = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)  # ReLU6
 TRAINING = {BATCH_NORM: 5, DROPOUT: 2}  # which argument of the op says that it trains
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+MOMENTUM, EPS = 6, 7  # arguments of the batch norm
+DIVIDE, ADD = torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor
 SLICE = torch.ops.aten.slice.Tensor
-QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+CONVOLUTIONS = tuple(
+    getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
+)
 LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
 ELEMENTWISE = tuple(getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div"))
 
@@ -79,33 +80,62 @@ def prepare(
         flow: one of FLOWS.
         qat: for training under fake quantization, in train mode, with its batch norms, whose scale is in the rounded
             weights (Jacob et al., section 3.2): folded ones train badly (ResNet-20 diverges at a learning rate of
-            5e-3). Otherwise they are folded now.
+            5e-3). Otherwise they are folded now. What else is random or different in training (stochastic depth, noise,
+            further answers) is captured as in eval mode; dropout follows the mode.
         skip: paths of modules that stay float, with all that is inside of them; see `paths`.
         observer: how an activation's range is found without `qat`: "histogram" (least squared error), "minmax", or
             "moving_average" of the batches' minima and maxima, which is what `qat` always does.
 
     Raises:
         UsageError: an unknown flow or observer.
-        UserError: a name in `skip` that is no module's, or a network whose graph can't be captured.
+        UserError: a name in `skip` that is no module's, or a network whose graph can't be captured or that answers the
+            same images differently each time.
     """
     for option, value, choices in (("flow", flow, FLOWS), ("observer", observer, OBSERVERS)):
         if value not in choices:
             raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
     skip = paths(net, skip)
-    net = copy.deepcopy(net).train(qat)
+    net = _apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
+        _refuse_random(net, example)
         return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
+
+
+def calibrate(prepared: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+    """Let the ranges of activations under `qat` start where training starts: with the statistics of each batch of
+    images (N, C, H, W). For a network that was trained briefly the running ones lead to ranges far from that, in which
+    all is cut off or rounded to zero, so that training diverges. The statistics stay as they were.
+    """
+    before = {name: value.clone() for name, value in prepared.named_buffers() if name.rpartition(".")[2] in STATISTICS}
+    activations = [each for each in prepared.modules() if hasattr(each, "enable_observer") and not each.is_per_channel]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)  # of dropout
+        for images in batches:
+            if len(images) > 1:  # one alone has no statistics
+                prepared.train()(images)
+        buffers = dict(prepared.named_buffers())
+        for name, value in before.items():
+            buffers[name].copy_(value)
+        for each in activations:
+            each.enable_observer(False)
+        prepared.eval()(batches[0])  # the ranges of the weights, in which the running statistics are
+        for each in activations:
+            each.enable_observer(True)
 
 
 def convert(prepared: nn.Module, flow: str) -> nn.Module:
     """What `prepare` made, with int8 weights and folded batch norms: images to logits, any batch size, eval mode."""
+    prepared = copy.deepcopy(prepared).eval()
+    freeze(prepared, observers=True, statistics=True)
     with quiet():
         if flow == "fx":
-            return quantize_fx.convert_fx(copy.deepcopy(prepared).eval())
-        prepared = copy.deepcopy(prepared).eval()
+            from torch.ao.quantization import quantize_fx
+
+            return quantize_fx.convert_fx(prepared)
         for node in prepared.graph.graph.nodes:
             if node.target in TRAINING:
                 node.update_arg(TRAINING[node.target], False)
+        _fold_batch_norms(prepared.graph)
         small = _convert_pt2e(prepared.graph)
         return _sliced_in_int8(small) if flow == "xnnpack" else small
 
@@ -147,6 +177,8 @@ def freeze(prepared: nn.Module, *, observers: bool, statistics: bool) -> None:
     if isinstance(prepared, Captured):
         prepared.frozen = statistics
     elif statistics:
+        from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+
         prepared.apply(freeze_bn_stats)
 
 
@@ -172,21 +204,79 @@ def layers(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
 
+def _apart(net: nn.Module) -> nn.Module:
+    """`net` in layers that the flows know:
+
+    - a batch norm and its activation in one (timm's) are two: captured as one it is not known for a batch norm, so it
+      is not folded, or computes in the mode that it was captured in;
+    - padding by a word is padding by numbers, where it is more on one side than on the other in a layer of its own.
+    """
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            left, right, top, bottom = module._reversed_padding_repeated_twice
+            if (left, top) == (right, bottom):
+                module.padding = (top, left)
+            elif module.padding_mode == "zeros":
+                module.padding = (0, 0)
+                net.set_submodule(name, nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), module))
+        elif isinstance(module, nn.BatchNorm2d) and isinstance(getattr(module, "act", None), nn.Module):
+            with torch.device("meta"):
+                norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+            norm.weight, norm.bias = module.weight, module.bias
+            for buffer in STATISTICS:
+                norm.register_buffer(buffer, getattr(module, buffer))
+            norm.track_running_stats = module.track_running_stats
+            rest = [part for part in (getattr(module, "drop", None), module.act) if isinstance(part, nn.Module)]
+            net.set_submodule(name, nn.Sequential(norm, *rest).eval())
+    return net
+
+
+@torch.no_grad()
+def _refuse_random(net: nn.Module, example: Tensor) -> None:
+    if not torch.allclose(net(example), net(example), rtol=0, atol=1e-6, equal_nan=True):
+        raise UserError(
+            f"{type(getattr(net, 'net', net)).__name__} answers the same images differently each time, in eval mode, "
+            "too: what is random in its forward can't be captured; leave it out where `self.training` is false"
+        )
+
+
 def _prepare_fx(net, example, flow, qat, skip, observer) -> nn.Module:
+    from torch.ao import quantization as ao
+    from torch.ao.quantization import quantize_fx
+
     mapping = ao.get_default_qat_qconfig_mapping("x86") if qat else ao.get_default_qconfig_mapping("x86")
-    default = mapping.global_qconfig
-    if not qat:
-        # 7 bits: 8-bit kernels for x86 add pairs of products in 16 bits, all of them on processors without VNNI and
-        # those for depthwise convolutions on the others, too
-        activation = _observers(ao)[observer].with_args(dtype=torch.quint8, reduce_range=True)
-        mapping.set_global(ao.QConfig(activation=activation, weight=default.weight))
-        for kind, config in list(mapping.object_type_qconfigs.items()):
-            if config is default:
-                mapping.set_object_type(kind, mapping.global_qconfig)
-    for path in skip:
+    stock = mapping.global_qconfig
+    # 7 bits: 8-bit kernels for x86 add pairs of products in 16 bits, all of them on processors without VNNI and
+    # those for depthwise convolutions on the others, too
+    seven_bits = {"dtype": torch.quint8, "reduce_range": True}
+    if qat:
+        from distill.compress.fake_quantize import Unsaturated
+
+        activation = Unsaturated.with_args(observer=ao.MovingAverageMinMaxObserver, **seven_bits)
+        # not the fused one, whose scales differ from those that converting computes
+        weight = ao.default_per_channel_weight_fake_quant.with_args(averaging_constant=1.0)
+    else:
+        activation, weight = _observers(ao)[observer].with_args(**seven_bits), stock.weight
+    mapping.set_global(ao.QConfig(activation=activation, weight=weight))
+    for kind, config in list(mapping.object_type_qconfigs.items()):
+        if config is stock:
+            mapping.set_object_type(kind, mapping.global_qconfig)
+        elif qat and config is not None and config.activation is stock.activation:
+            mapping.set_object_type(kind, config._replace(activation=activation))
+    for path in skip | _inside_of_leaves(net):
         mapping.set_module_name(path, None)
     prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
-    return prepare(net, mapping, (example,))
+    return prepare(net, mapping, (example,)).train(qat)
+
+
+def _inside_of_leaves(net: nn.Module) -> set[str]:
+    """The modules that torch.fx does not look at, within PyTorch's own ones: a TransformerEncoder computes in float."""
+    leaves = [
+        (path, module)
+        for path, module in net.named_modules()
+        if path and fx.Tracer().is_leaf_module(module, path) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    ]
+    return {f"{path}.{inner}" for path, leaf in leaves for inner, _ in leaf.named_modules() if inner}
 
 
 def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
@@ -197,7 +287,10 @@ def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
         raise _missing(flow) from error
     quantizer = XNNPACKQuantizer().set_global(_pt2e_config(flow, qat, observer))
     quantizer.set_filter_function(lambda node: module_of(node)[0] not in skip)
-    prepared = (prepare_qat_pt2e if qat else prepare_pt2e)(_exported(net, example), quantizer)
+    graph = _exported(net, example)
+    norms = _batch_norms(graph)
+    prepared = (prepare_qat_pt2e if qat else prepare_pt2e)(graph, quantizer)
+    _restore_batch_norms(prepared, norms)
     if flow == "onnx":
         _round_once(prepared)
     return Captured(prepared).train(qat)
@@ -205,6 +298,63 @@ def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:
 
 def _exported(net: nn.Module, example: Tensor) -> fx.GraphModule:
     return torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+
+
+def _batch_norms(graph: fx.GraphModule) -> dict[str, tuple[float, float]]:
+    """Momentum and eps of each batch norm, by the name of its running mean."""
+    nodes = graph.graph.find_nodes(op="call_function", target=BATCH_NORM)
+    return {node.args[3].target: (node.args[MOMENTUM], node.args[EPS]) for node in nodes if node.args[3] is not None}
+
+
+def _restore_batch_norms(prepared: fx.GraphModule, norms: dict[str, tuple[float, float]]) -> None:
+    """Momentum and eps as they were: where torchao puts a batch norm's scale into the rounded weights, it writes 0.1
+    and 1e-5 for them, whatever the network has (MobileNetV3: 0.01 and 1e-3)."""
+    for node in prepared.graph.find_nodes(op="call_function", target=BATCH_NORM):
+        if node.args[3] is not None:
+            momentum, eps = norms[node.args[3].target]
+            node.update_arg(MOMENTUM, momentum)
+            node.update_arg(EPS, eps)
+            for user in list(node.args[4].users):
+                if user.target == ADD:
+                    user.update_arg(1, eps)
+    prepared.recompile()
+
+
+@torch.no_grad()
+def _fold_batch_norms(prepared: fx.GraphModule) -> None:
+    """Each batch norm whose scale is in its convolution's rounded weights goes into weights and bias altogether:
+
+        batch_norm(conv(x, round(w · s)) / s + b) = conv(x, round(w · s)) + (b - mean) · s + beta
+        s = gamma / √(var + eps)
+
+    torchao's own way knows one eps only, and takes half a minute.
+    """
+    graph = prepared.graph
+    for number, norm in enumerate(graph.find_nodes(op="call_function", target=BATCH_NORM)):
+        value, bias = norm.args[0], None
+        if value.target == ADD:
+            value, bias = value.args[0], value.args[1].args[0]
+        if value.target != DIVIDE or getattr(value.args[0].target, "overloadpacket", None) not in CONVOLUTIONS:
+            continue
+        conv = value.args[0]
+        gamma, beta, mean, variance = (attrgetter(node.target)(prepared) for node in norm.args[1:5])
+        scale = gamma / (variance + norm.args[EPS]).sqrt()  # (O,)
+        rounded = conv.args[1]
+        product = rounded.args[0] if rounded.op == "call_module" else rounded  # of weights and scale
+        weight, shape = attrgetter(product.args[0].target)(prepared), product.args[1].args[1]
+        added = mean.neg() if bias is None else attrgetter(bias.target)(prepared) - mean
+        folded = {"weight": weight * scale.reshape(shape), "bias": added * scale + beta}
+        with graph.inserting_before(rounded):
+            nodes = {}
+            for kind, tensor in folded.items():
+                prepared.register_parameter(f"folded_{number}_{kind}", nn.Parameter(tensor))
+                nodes[kind] = graph.get_attr(f"folded_{number}_{kind}")
+                nodes[kind].meta = dict(product.args[0].meta if kind == "weight" else norm.args[2].meta)
+        product.replace_all_uses_with(nodes["weight"])
+        conv.update_arg(2, nodes["bias"]) if len(conv.args) > 2 else conv.insert_arg(2, nodes["bias"])
+        norm.replace_all_uses_with(conv)
+    graph.eliminate_dead_code()
+    prepared.recompile()
 
 
 def _missing(flow: str) -> UserError:
@@ -233,11 +383,15 @@ def _sliced_in_int8(graph: fx.GraphModule) -> fx.GraphModule:
     """`graph` that slices int8 numbers and not the float ones they stand for, which are rounded to the same again:
     XNNPACK has no slices, so that each would be a way out of it and back (ResNet-20 with option A shortcuts: 12 % of
     its time). ONNX Runtime does this itself."""
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
+
+    ops = torch.ops.quantized_decomposed
+    quantize, dequantize = ops.quantize_per_tensor.default, ops.dequantize_per_tensor.default
     for node in graph.graph.find_nodes(op="call_function", target=SLICE):
         source = node.args[0]
         rounded = list(node.users)
-        if source.target is DEQUANTIZE and all(
-            (to.target, to.args[1:]) == (QUANTIZE, source.args[1:]) for to in rounded
+        if source.target is dequantize and all(
+            (to.target, to.args[1:]) == (quantize, source.args[1:]) for to in rounded
         ):
             node.replace_input_with(source, source.args[0])
             for user in rounded:
@@ -280,10 +434,10 @@ def _pt2e_config(flow: str, qat: bool, observer: str | None):
     from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
     eps = 2**-12
-    if qat:
-        fake = pt2e.FusedMovingAvgObsFakeQuantize
-        activation = fake.with_args(observer=pt2e.MovingAverageMinMaxObserver, eps=eps)
-        weight = fake.with_args(observer=pt2e.MovingAveragePerChannelMinMaxObserver, eps=eps)
+    if qat:  # not the fused ones, whose scales differ from those that converting computes
+        activation = pt2e.FakeQuantize.with_args(observer=pt2e.MovingAverageMinMaxObserver, eps=eps)
+        observer_of_weights = pt2e.MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0)
+        weight = pt2e.FakeQuantize.with_args(observer=observer_of_weights, eps=eps)
     else:
         kind = pt2e.PlaceholderObserver if observer is None else _observers(pt2e)[observer]
         activation = kind.with_args(eps=eps)

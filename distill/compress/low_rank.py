@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from distill.compress.calibrate import noise
+from distill.compress.layers import called, without_fast_paths
 from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
 from distill.measure import parameters
@@ -33,7 +35,8 @@ def low_rank(
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
         finetune: trains it, see distill/finetune.py; not needed with epochs=0.
-        data, flow: part of every compression step's signature; not needed here.
+        data: gives the size of the images, with which is found what the network calls; without it, all layers are.
+        flow: part of every compression step's signature; not needed here.
         energy: the share of a weight's squared norm, in (0, 1), that its factors keep.
         epochs, lr: of the fine-tuning.
 
@@ -44,8 +47,12 @@ def low_rank(
     if not 0 < energy < 1 or epochs < 0:
         raise UsageError(f"compress.low_rank: energy={energy} must be between 0 and 1, epochs={epochs} at least 0")
     train = tuning("low_rank", finetune, epochs, lr)
-    small, count = copy.deepcopy(net).eval(), 0
-    for name, layer in list(small.named_modules()):
+    small, count = without_fast_paths(copy.deepcopy(net).eval()), 0
+    layers = dict(small.named_modules())
+    names = layers if data is None else called(small, noise(data))
+    for name, layer in layers.items():
+        if name not in names:
+            continue
         factors = _factors(layer, energy)
         if factors is not None:
             small.set_submodule(name, factors)

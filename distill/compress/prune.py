@@ -7,15 +7,18 @@ shortcuts of a CIFAR ResNet do) is found by trying and left whole.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 
 from distill.compress.calibrate import noise
+from distill.compress.layers import without_fast_paths
 from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
+from distill.export.graph import reason
 from distill.measure import macs as count_macs
 from distill.measure import parameters
 from distill.progress import say
@@ -68,11 +71,12 @@ def prune(
             f"round_to={round_to} at least 1, epochs={epochs} at least 0"
         )
     train = tuning("prune", finetune, epochs, lr)
-    example = noise(data)
-    whole = unprunable(net, example)
+    example, start = noise(data), without_fast_paths(copy.deepcopy(net))
+    with _following(net):
+        whole = unprunable(start, example)
 
     def pruned(ratio: float) -> nn.Module:
-        small = copy.deepcopy(net).requires_grad_(True)
+        small = copy.deepcopy(start).requires_grad_(True)
         torch_pruning.pruner.BasePruner(
             small,
             example,
@@ -82,11 +86,14 @@ def prune(
             max_pruning_ratio=MOST,
             ignored_layers=[small.get_submodule(name) for name in whole],
             round_to=round_to,
+            root_module_types=list(LAYERS),
         ).step()
         return small.eval()
 
     before = count_macs(net, example)
-    small = pruned(ratio) if macs is None else _within(pruned, lambda net: count_macs(net, example) / before, macs)
+    with _following(net):
+        small = pruned(ratio) if macs is None else _within(pruned, lambda net: count_macs(net, example) / before, macs)
+        small(example)
     if parameters(small) == parameters(net):
         raise UserError(
             f"compress.prune removes no channel of this network: with round_to={round_to} its prunable layers are too "
@@ -97,6 +104,20 @@ def prune(
         f"{count_macs(small, example) / before:.0%} of the MACs; left whole: {len(whole)} layers"
     )
     return train(small, "prune")
+
+
+@contextmanager
+def _following(net: nn.Module) -> Iterator[None]:
+    """Whatever the library stumbles over in a network (ShuffleNet's shuffled channels: a division by zero) is told."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"compress.prune can't follow which channels of {type(getattr(net, 'net', net)).__name__} belong together "
+            f"({reason(error)}): leave prune out for it"
+        ) from error
 
 
 def _within(pruned: Callable, share_of: Callable, budget: float) -> nn.Module:

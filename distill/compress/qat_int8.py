@@ -5,10 +5,11 @@ activations start from calibration and move along; for the last part of the trai
 statistics of batch norms (Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2).
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distill.compress import flows
-from distill.compress.calibrate import answers, calibration
+from distill.compress.calibrate import calibration
 from distill.errors import UsageError, UserError
 
 
@@ -48,11 +49,34 @@ def qat_int8(
         raise UserError("compress=qat_int8 trains: it needs a run with data and losses; static_int8 does without")
     batches = calibration(data, images, "compress.qat_int8.images", seed)
     prepared = flows.prepare(net, batches[0][:2], flow, qat=True, skip=skip)
-    answers(prepared.eval(), batches)
+    flows.calibrate(prepared, batches, seed)
+    _refuse_unlike(prepared, batches[0], flow)
+
+    at_work: list[nn.Module] = []
 
     def on_epoch(network: nn.Module, epoch: int, epochs: int, training: bool) -> None:
+        at_work[:] = [network]
         late = epoch >= freeze * epochs
         flows.freeze(network, observers=late or not training, statistics=late)
 
-    trained = finetune(prepared.train(), f"qat_int8-{flow}", epochs=epochs, lr=lr, on_epoch=on_epoch)
+    try:
+        trained = finetune(prepared.train(), f"qat_int8-{flow}", epochs=epochs, lr=lr, on_epoch=on_epoch)
+    except (AssertionError, RuntimeError) as error:  # of an observer that sees NaN, before a loss does
+        if all(torch.isfinite(value).all() for network in at_work for value in network.parameters()):
+            raise
+        raise UserError(f"compress.qat_int8: the training diverged: lower compress.qat_int8.lr={lr}") from error
     return flows.convert(trained, flow)
+
+
+@torch.no_grad()
+def _refuse_unlike(prepared: nn.Module, images: Tensor, flow: str) -> None:
+    """Before a training in vain: converted as it is now, it must answer one image as it does in a batch."""
+    small = flows.convert(prepared, flow)
+    together = small(images)
+    scale = together.abs().max().clamp(min=1e-6)
+    alone = torch.cat([small(images[:1]), small(images[1:4])])
+    if (alone - together[:4]).abs().max() > 0.1 * scale:
+        raise UserError(
+            "compress.qat_int8: captured as a graph, the network answers an image otherwise than among others: its "
+            "forward must not depend on the number of images"
+        )

@@ -1,28 +1,37 @@
 """export/README.md: how to run the exported files, in Python and in an app, with the images prepared as in the test."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.base import Data
 from distill.export import preparation
-from distill.export.artifact import Artifact, write
+from distill.export.artifact import write
 
 
-def write_readme(files: Mapping[str, Sequence[Artifact]], data: Data, folder: Path) -> None:
+def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[str] = ()) -> None:
     """Writes README.md and classes.txt into `folder`, in which the files are; formats that aren't there are left out.
+
+    Args:
+        rows: of the report, each with the `name` and `format` of a file in `folder`; others are left out.
+        failures: of the report, "FILE: reason": such a file is listed as one that must not ship, and in no program.
 
     Raises:
         UserError: a file cannot be written.
     """
-    every = sorted((file for several in files.values() for file in several), key=lambda file: file.path.name)
-    formats = [name for name in SECTIONS if any(file.format == name for file in every)]
+    every = sorted((folder / row.name, row.format) for row in rows if (folder / row.name).is_file())
+    bad = {path for path, _ in every if any(line.startswith(f"{path.name}: ") for line in failures)}
     size, short = data.image_size, preparation(data).get("short_side", data.image_size)
-    listed = "\n".join(f"| {file.path.name} | {file.format} | {file.path.stat().st_size:,} |" for file in every)
+    listed = "\n".join(
+        f"| {path.name} | {format} | {path.stat().st_size:,} | {'no: see the report' if path in bad else 'yes'} |"
+        for path, format in every
+    )
     parts = [INTRO.format(files=listed, classes=data.num_classes, size=size, short=short)]
+    shipping = [(path, format) for path, format in every if path not in bad]
+    formats = [name for name in SECTIONS if name in {format for _, format in shipping}]
     if set(formats) - {"torch_export"}:
         parts.append(PIXELS)
     for name in formats:
-        smallest = min((file.path for file in every if file.format == name), key=lambda path: path.stat().st_size)
+        smallest = min((path for path, format in shipping if format == name), key=lambda path: path.stat().st_size)
         parts.append(SECTIONS[name].replace("PREPARE\n", PREPARE).replace("FILE", smallest.name))
     text = "\n".join(parts).replace("SIZE", str(size)).replace("SHORT", str(short))
     write(folder / "classes.txt", "".join(f"{name}\n" for name in data.classes).encode())
@@ -31,12 +40,13 @@ def write_readme(files: Mapping[str, Sequence[Artifact]], data: Data, folder: Pa
 
 INTRO = """# Running these files
 
-| file | format | bytes |
-| --- | --- | ---: |
+| file | format | bytes | may ship |
+| --- | --- | ---: | --- |
 {files}
 
 Input: `images`, float32 (N, 3, {size}, {size}): RGB in planes (NCHW), values in [0, 1]; the files normalise them.
-A photo's short side is resized to {short} px (bilinear, antialiased), then its middle {size} × {size} px are cut out.
+A photo is turned upright (EXIF), what is transparent in it is seen on white, its short side is resized to {short} px
+(bilinear, antialiased), then its middle {size} × {size} px are cut out.
 Output: logits (N, {classes}), one for each line of `classes.txt`; `softmax` makes probabilities of them. Each file also
 holds its input's description and the class names as JSON.
 
@@ -46,13 +56,15 @@ The Python programs take a photo: `python program.py photo.jpg`, in this folder.
 PREPARE = """import sys
 
 import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-image = Image.open(sys.argv[1]).convert("RGB")
-scale = SHORT / min(image.size)
-image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)
-left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+image = ImageOps.exif_transpose(Image.open(sys.argv[1]))
+if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+image = image.convert("RGB")
+sides = [int(SHORT * side / min(image.size)) for side in image.size]
+image = image.resize(sides, Image.Resampling.BILINEAR)
+left, top = (round((side - SIZE) / 2) for side in sides)
 image = np.array(image.crop((left, top, left + SIZE, top + SIZE)), dtype=np.float32)
 images = np.ascontiguousarray(image.transpose(2, 0, 1)[None] / 255)  # (1, 3, SIZE, SIZE)
 classes = open("classes.txt", encoding="utf-8").read().splitlines()
@@ -60,35 +72,110 @@ classes = open("classes.txt", encoding="utf-8").read().splitlines()
 
 PIXELS = """## Preparing a photo in an app
 
-Kotlin:
+Both resize as the Python programs do: an average weighted by a triangle as wide as two pixels of the result, which the
+systems' own bilinear scaling is not when it makes an image smaller.
+
+Kotlin (Android 9 or newer; `ImageDecoder` turns the photo upright):
 
 ```kotlin
-fun pixels(photo: Bitmap): FloatArray {
-    val scale = SHORTf / minOf(photo.width, photo.height)
-    val resized = Bitmap.createScaledBitmap(
-        photo, (photo.width * scale).roundToInt(), (photo.height * scale).roundToInt(), true)
-    val square = Bitmap.createBitmap(resized, (resized.width - SIZE) / 2, (resized.height - SIZE) / 2, SIZE, SIZE)
-    val argb = IntArray(SIZE * SIZE)
-    square.getPixels(argb, 0, SIZE, 0, 0, SIZE, SIZE)
-    return FloatArray(3 * argb.size) { (argb[it % argb.size] shr (16 - 8 * (it / argb.size)) and 0xFF) / 255f }
+import android.graphics.ImageDecoder
+import java.io.File
+import kotlin.math.abs
+
+fun pixels(photo: File): FloatArray {
+    val image = ImageDecoder.decodeBitmap(ImageDecoder.createSource(photo)) { decoder, _, _ ->
+        decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE
+    }
+    val short = minOf(image.width, image.height)
+    val across = triangles(image.width, (SHORTL * image.width / short).toInt())
+    val down = triangles(image.height, (SHORTL * image.height / short).toInt())
+    val argb = IntArray(image.width)
+    val narrow = Array(image.height) { y ->
+        image.getPixels(argb, 0, image.width, 0, y, image.width, 1)
+        FloatArray(3 * SIZE) { place ->
+            val (first, weights) = across[place % SIZE]
+            var sum = 0f
+            for (i in weights.indices) {
+                val alpha = argb[first + i] ushr 24
+                val value = argb[first + i] shr (16 - 8 * (place / SIZE)) and 0xFF
+                sum += weights[i] * (value * alpha + 255 * (255 - alpha)) / 255f
+            }
+            sum
+        }
+    }
+    return FloatArray(3 * SIZE * SIZE) { place ->
+        val (first, weights) = down[place / SIZE % SIZE]
+        val column = place / (SIZE * SIZE) * SIZE + place % SIZE
+        var sum = 0f
+        for (i in weights.indices) sum += weights[i] * narrow[first + i][column]
+        sum / 255f
+    }
+}
+
+/** For each of the middle SIZE of the `resized` pixels that `side` pixels become: the first it is made of, weights. */
+fun triangles(side: Int, resized: Int): List<Pair<Int, FloatArray>> {
+    val scale = side.toDouble() / resized
+    val width = maxOf(scale, 1.0)
+    val start = Math.rint((resized - SIZE) / 2.0).toInt()
+    return List(SIZE) { place ->
+        val center = (start + place + 0.5) * scale
+        val first = maxOf(0, (center - width + 0.5).toInt())
+        val last = minOf(side, (center + width + 0.5).toInt())
+        val weights = DoubleArray(last - first) { maxOf(0.0, 1 - abs(first + it + 0.5 - center) / width) }
+        first to FloatArray(weights.size) { (weights[it] / weights.sum()).toFloat() }
+    }
 }
 ```
 
 Swift:
 
 ```swift
-func pixels(_ photo: CGImage) -> [Float] {
-    let scale = SHORT.0 / Double(min(photo.width, photo.height))
-    let width = Double(photo.width) * scale, height = Double(photo.height) * scale
-    var rgba = [UInt8](repeating: 0, count: 4 * SIZE * SIZE)
+import ImageIO
+
+func pixels(_ photo: URL) -> [Float] {
+    let source = CGImageSourceCreateWithURL(photo as CFURL, nil)!
+    let upright: [CFString: Any] = [
+        kCGImageSourceCreateThumbnailFromImageAlways: true, kCGImageSourceCreateThumbnailWithTransform: true,
+        kCGImageSourceThumbnailMaxPixelSize: 1 << 20]
+    let image = CGImageSourceCreateThumbnailAtIndex(source, 0, upright as CFDictionary)!
+    let (width, height) = (image.width, image.height)
+    var rgba = [UInt8](repeating: 255, count: 4 * width * height)  // white
     rgba.withUnsafeMutableBytes { bytes in
         let context = CGContext(
-            data: bytes.baseAddress, width: SIZE, height: SIZE, bitsPerComponent: 8, bytesPerRow: 4 * SIZE,
+            data: bytes.baseAddress, width: width, height: height, bitsPerComponent: 8, bytesPerRow: 4 * width,
             space: CGColorSpace(name: CGColorSpace.sRGB)!, bitmapInfo: CGImageAlphaInfo.noneSkipLast.rawValue)!
-        context.interpolationQuality = .high
-        context.draw(photo, in: CGRect(x: (SIZE.0 - width) / 2, y: (SIZE.0 - height) / 2, width: width, height: height))
+        context.draw(image, in: CGRect(x: 0, y: 0, width: width, height: height))
     }
-    return (0..<3).flatMap { channel in (0..<SIZE * SIZE).map { Float(rgba[4 * $0 + channel]) / 255 } }
+    let short = min(width, height)
+    let (across, down) = (triangles(width, SHORT * width / short), triangles(height, SHORT * height / short))
+    var narrow = [Float](repeating: 0, count: height * 3 * SIZE)
+    for y in 0..<height {
+        for place in 0..<3 * SIZE {
+            let (first, weights) = across[place % SIZE]
+            for (i, weight) in weights.enumerated() {
+                narrow[y * 3 * SIZE + place] += weight * Float(rgba[4 * (y * width + first + i) + place / SIZE])
+            }
+        }
+    }
+    return (0..<3 * SIZE * SIZE).map { place in
+        let (first, weights) = down[place / SIZE % SIZE]
+        let column = place / (SIZE * SIZE) * SIZE + place % SIZE
+        let sum = weights.enumerated().reduce(0) { $0 + $1.element * narrow[(first + $1.offset) * 3 * SIZE + column] }
+        return sum / 255
+    }
+}
+
+/// For each of the middle SIZE of the `resized` pixels that `side` pixels become: the first it is made of, weights.
+func triangles(_ side: Int, _ resized: Int) -> [(Int, [Float])] {
+    let scale = Double(side) / Double(resized), width = max(scale, 1)
+    let start = Int((Double(resized - SIZE) / 2).rounded(.toNearestOrEven))
+    return (0..<SIZE).map { place in
+        let center = (Double(start + place) + 0.5) * scale
+        let first = max(0, Int(center - width + 0.5)), last = min(side, Int(center + width + 0.5))
+        let weights = (first..<last).map { max(0, 1 - abs(Double($0) + 0.5 - center) / width) }
+        let sum = weights.reduce(0, +)
+        return (first, weights.map { Float($0 / sum) })
+    }
 }
 ```
 """
@@ -98,6 +185,7 @@ SECTIONS = {
 
 ```python
 PREPARE
+import torch
 from executorch.runtime import Runtime
 
 method = Runtime.get().load_program("FILE").load_method("forward")
@@ -169,6 +257,8 @@ let logits = (try output["logits"]!.tensorData() as Data).withUnsafeBytes { Arra
 
 ```python
 PREPARE
+import torch
+
 model = torch.jit.load("FILE")
 with torch.no_grad():
     logits = model(torch.from_numpy(images))[0]
@@ -179,6 +269,7 @@ print(classes[logits.argmax()], logits.max().item())
 
 ```python
 PREPARE
+import torch
 from torch.jit.mobile import _load_for_lite_interpreter
 
 model = _load_for_lite_interpreter("FILE")
@@ -215,6 +306,7 @@ your own only.
 
 ```python
 PREPARE
+import torch
 import torch.ao.quantization.fx._decomposed  # the operators of int8 files
 
 model = torch.export.load("FILE").module()

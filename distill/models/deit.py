@@ -34,7 +34,7 @@ class DeiT(VisionTransformer):
             patches.shape[0], -1, -1
         )  # traced, unlike len
         encoded = self.encoder(torch.cat([tokens, patches], 1))  # (N, 2 + T, D)
-        by_distillation, by_class = self.dist_head(encoded[:, 1]), self.heads(encoded[:, 0])
+        by_class, by_distillation = self.heads(encoded[:, 0]), self.dist_head(encoded[:, 1])
         return by_class if self.training else (by_class + by_distillation) / 2
 
 

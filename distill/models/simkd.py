@@ -13,7 +13,7 @@ from torch import nn
 
 from distill.checkpoints import read_state
 from distill.errors import UserError
-from distill.models.taps import dry_run, head_path, out_of_place
+from distill.models.taps import dry_run, heads, out_of_place
 
 FACTOR = 2  # how much narrower the projector is than the teacher
 
@@ -65,7 +65,7 @@ def simkd(
 
 def _ends(net: nn.Module, image_size: int) -> tuple[str, str, int]:
     """The paths of classifier and last pooling, and the channels of the map between body and pooling."""
-    head, kind = head_path(net), type(net).__name__
+    head, kind = next(iter(heads(net, image_size)), ""), type(net).__name__
     pools = [path for path, module in net.named_modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
     seen: dict[str, torch.Size] = {}
     if pools:
@@ -85,7 +85,11 @@ def _ends(net: nn.Module, image_size: int) -> tuple[str, str, int]:
 def _classifier(weights: str, num_classes: int, width: int) -> dict[str, torch.Tensor]:
     """The last (num_classes, width) matrix of a file and its bias, as a linear layer's state."""
     state = read_state(weights)
-    names = [name.removesuffix(".weight") for name, value in state.items() if value.shape == (num_classes, width)]
+    names = [
+        name.removesuffix(".weight")
+        for name, value in state.items()
+        if getattr(value, "shape", None) == (num_classes, width)
+    ]
     found = [name for name in names if f"{name}.bias" in state]
     if not found:
         raise UserError(

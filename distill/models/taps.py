@@ -1,11 +1,35 @@
-"""Where to tap a network that nobody has described: its stages, its pooled vector, its head."""
+"""Where to tap a network that nobody has described: its stages, its pooled vector, the layers that give the logits."""
 
+import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.models.answers import first_tensor, logits_of
+
+COVERED = 0.75  # of a network's layers: the last stage must lie behind as many, and no more lie between two stages
+LOOKED_AT = 2  # images of a dry run: what answers with another number, such as Swin's windows, describes none of them
+
+
+class Call(NamedTuple):
+    """A module's answer in a dry run."""
+
+    path: str
+    shape: tuple[int, ...]
+    depth: int  # layers called before it finished, itself included; those that answer with one position left out
+
+
+class Seen(NamedTuple):
+    """What a dry run shows of a network."""
+
+    calls: list[Call]  # in the order in which modules finish
+    heads: list[str]  # paths of the layers that give the logits, in the order in which they are called
 
 
 def out_of_place(net: nn.Module) -> nn.Module:
@@ -16,98 +40,232 @@ def out_of_place(net: nn.Module) -> nn.Module:
     return net
 
 
-def head_path(net: nn.Module) -> str:
-    """The path of the classifying layer: the last linear layer, else (SqueezeNet) the last convolution.
+def heads(net: nn.Module, image_size: int, channels: int = 3) -> list[str]:
+    """The paths of the classifying layers: those with a weight matrix from which the logits come through no other one.
+
+    Found by running, so it does not matter how `net` names or orders its layers. Most have one; DeiT has two. None
+    where the logits come from weights that no layer holds.
 
     Raises:
-        UserError: there is neither.
+        UserError: the network cannot take images (N, channels, image_size, image_size).
     """
-    for kind in (nn.Linear, nn.Conv2d):
-        paths = [path for path, module in net.named_modules() if isinstance(module, kind)]
-        if paths:
-            return paths[-1]
-    raise UserError(f"{type(net).__name__} has neither a linear layer nor a convolution that could be its head")
+    return look(net, image_size, channels).heads
 
 
-def infer_taps(net: nn.Module, image_size: int) -> dict[str, str]:
-    """Taps by one dry run of an image (1, 3, image_size, image_size): "stage1" … "stage4" and "pooled".
+def infer_taps(net: nn.Module, image_size: int, channels: int = 3) -> dict[str, str]:
+    """Taps by one dry run of images (N, channels, image_size, image_size): "stage1" … "stage4" and "pooled".
 
-    In a network of maps (N, C, H, W) a stage is the outermost last module of a resolution; the four coarsest
-    are kept, maps of one pixel are not. In a transformer with tokens (N, T, D) the stages are the blocks at
-    a quarter, half, three quarters and all of its depth. "pooled" is the head's input. Of a network
-    that keeps maps as (N, H, W, C), such as Swin, only the few maps in the usual order are found.
+    Stages are what timm's `feature_info` names, where there is one. Else, in a network of maps a stage is the outermost
+    last module of a resolution; maps (N, H, W, C), such as Swin's, are marked ":nhwc". In one of a single resolution,
+    such as a transformer with tokens (N, T, D), the stages are blocks. Of blocks those at a quarter, half, three
+    quarters and all of the depth are taken; of resolutions the four coarsest, but maps of one pixel. Where these do
+    not cover the network's depth there are no stages. "pooled" is the head's input.
 
     Raises:
-        UserError: the network cannot take such an image.
+        UserError: the network cannot take such images.
     """
-    outputs: list[tuple[str, tuple[int, ...]]] = []  # in the order in which the modules finish
+    seen = look(net, image_size, channels)
+    taps = {f"stage{number}": path for number, path in enumerate(_stages(net, seen.calls), 1)}
+    return {**taps, "pooled": f"{seen.heads[0]}:in"} if seen.heads else taps
+
+
+def look(net: nn.Module, image_size: int, channels: int = 3) -> Seen:
+    """Run `net` and watch; nothing of it is changed.
+
+    Raises:
+        UserError: the network cannot take such images.
+    """
+    calls: list[Call] = []
+    made: dict = {}  # node of autograd's graph: the layer whose answer it is
+    layers = {path: module for path, module in net.named_modules() if _is_layer(module)}
+    depth = 0
 
     def record(path: str):
         def hook(module, inputs, output):
-            if path and isinstance(output, Tensor):
-                outputs.append((path, tuple(output.shape)))
+            nonlocal depth
+            answer = first_tensor(output)
+            if answer is None:
+                return
+            if path in layers:
+                depth += _positions(answer.shape) > 1
+                made.setdefault(answer.grad_fn, path)
+            if path and answer.shape[:1] == (LOOKED_AT,):
+                calls.append(Call(path, tuple(answer.shape), depth))
 
         return hook
 
     hooks = [module.register_forward_hook(record(path)) for path, module in net.named_modules()]
     try:
-        dry_run(net, image_size)
+        with _all_learn(net), torch.enable_grad():
+            logits = _answer(net, image_size, channels, LOOKED_AT)
     finally:
         for hook in hooks:
             hook.remove()
-    stages = _map_stages(outputs)
-    if len(stages) < 2:
-        stages = _token_stages(net, outputs) or stages
-    called = [path for path, _ in outputs]
-    linear = [path for path in called if isinstance(net.get_submodule(path), nn.Linear)]
-    taps = {f"stage{number}": path for number, path in enumerate(stages[-4:], 1)}
-    return {**taps, "pooled": f"{linear[-1] if linear else head_path(net)}:in"}
+    found = _sources(logits, made)
+    return Seen(calls, [path for path in dict.fromkeys(made.values()) if path in found])
 
 
 @torch.no_grad()
-def dry_run(net: nn.Module, image_size: int) -> Tensor:
+def dry_run(net: nn.Module, image_size: int, channels: int = 3) -> Tensor:
     """The logits (1, K) of one black image, in eval mode; the mode of every module is left as it was.
 
     Raises:
-        UserError: the network cannot take images (1, 3, image_size, image_size).
+        UserError: the network cannot take images (1, channels, image_size, image_size).
     """
+    return _answer(net, image_size, channels, 1)
+
+
+def _answer(net: nn.Module, image_size: int, channels: int, images: int) -> Tensor:
     training = {module: module.training for module in net.modules()}
     parameter = next(net.parameters(), torch.zeros(()))
     try:
-        return net.eval()(parameter.new_zeros(1, 3, image_size, image_size))
+        return logits_of(net.eval()(parameter.new_zeros(images, channels, image_size, image_size)))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
+        kind = "grey" if channels == 1 else "RGB"
+        way_out = "choose another network or another data.image_size"
+        if channels != 1 and "channel" in reason:
+            way_out += (
+                ", or, where it takes grey images, give one mean and one std: student.mean=[0.5] student.std=[0.25]"
+            )
         raise UserError(
-            f"{type(net).__name__} cannot take RGB images of {image_size} px ({reason}): "
-            "choose another network or another data.image_size"
+            f"{type(net).__name__} cannot take {kind} images of {image_size} px ({reason}): {way_out}"
         ) from error
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def _map_stages(outputs: list[tuple[str, tuple[int, ...]]]) -> list[str]:
-    stages: dict[int, str] = {}  # resolution: path, from fine to coarse
-    for path, shape in outputs:
-        if len(shape) != 4 or shape[2] != shape[3] or shape[2] == 1:
+@contextmanager
+def _all_learn(net: nn.Module) -> Iterator[None]:
+    """Also frozen weights appear in autograd's graph."""
+    frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad]
+    floating = [parameter for parameter in frozen if parameter.is_floating_point()]
+    for parameter in floating:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in floating:
+            parameter.requires_grad_(False)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is innermost and holds a weight matrix, also one that is computed from others (weight_norm)."""
+    inside = [child for name, child in module.named_children() if name != "parametrizations"]
+    own = [*module.parameters(recurse=False)]
+    if hasattr(module, "parametrizations"):
+        own += [*module.parametrizations.parameters()]
+    return not inside and any(parameter.dim() > 1 for parameter in own)
+
+
+def _positions(shape: torch.Size) -> float:
+    """How many places of an image an answer (N, …) describes."""
+    return shape[1:].numel() / max(shape[1:], default=1)
+
+
+def _sources(logits: Tensor, made: dict) -> set[str]:
+    """The layers that the logits come from directly; none where a matrix outside of layers is on the way."""
+    found, waiting, known = set(), [getattr(logits, "grad_fn", None)], {None}
+    while waiting:
+        node = waiting.pop()
+        if node in known:
             continue
-        size = shape[2]
-        if stages and size > min(stages):
-            continue  # a map that grows again, such as adaptive pooling's
-        if size not in stages or path.count(".") <= stages[size].count("."):
-            stages[size] = path
-    return list(stages.values())
+        known.add(node)
+        if node in made:
+            found.add(made[node])
+        elif hasattr(node, "variable") and node.variable.dim() > 1:
+            return set()
+        else:
+            waiting += [source for source, _ in node.next_functions]
+    return found
 
 
-def _token_stages(net: nn.Module, outputs: list[tuple[str, tuple[int, ...]]]) -> list[str]:
-    """The blocks are the largest group of siblings of one type that answer with tokens (1, T, D)."""
+def _stages(net: nn.Module, calls: list[Call]) -> list[str]:
+    described = _described_stages(net, calls)
+    if described:
+        return described
+    maps = [_map_stages(calls, layout) for layout in (_nchw, _nhwc)]
+    candidates = [*sorted(maps, key=len, reverse=True), _block_stages(net, calls)]  # sorted: a tie keeps the order
+    for found in candidates:
+        if len(found) > 1 and _cover([call.depth for call, _ in found], calls[-1].depth):
+            return [f"{call.path}{suffix}" for call, suffix in found]
+    return []
+
+
+def _cover(depths: list[int], whole: int) -> bool:
+    gaps = [after - before for before, after in pairwise([0, *depths])]
+    return depths[-1] >= COVERED * whole and max(gaps) <= COVERED * whole and min(gaps) >= 0
+
+
+def _described_stages(net: nn.Module, calls: list[Call]) -> list[str]:
+    """By timm's `feature_info`, of which only modules that are called count."""
+    info = getattr(net, "feature_info", None) or []
+    last = {call.path: call for call in calls}
+    wanted = dict.fromkeys(entry.get("module") for entry in getattr(info, "info", info) if isinstance(entry, dict))
+    named = sorted((last[path] for path in wanted if path in last), key=lambda call: call.depth)
+    suffix = ":nhwc" if getattr(net, "output_fmt", None) == "NHWC" else ""
+    sides = [_side(call.shape, _nhwc if suffix else _nchw) for call in named]
+    if len({*sides}) > 1:  # the last of every resolution
+        stages = {side: call for side, call in zip(sides, named, strict=True) if side > 1}
+        chosen = list(stages.values())[-4:]
+    else:
+        chosen = _quarters(named)
+    found = [f"{call.path}{suffix if len(call.shape) == 4 else ''}" for call in chosen]
+    return found if len(found) > 1 else []
+
+
+def _nchw(shape: tuple[int, ...]) -> int:
+    """The side of a map (N, C, S, S), or 0."""
+    return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
+
+
+def _nhwc(shape: tuple[int, ...]) -> int:
+    """The side of a map (N, S, S, C), or 0."""
+    return shape[1] if len(shape) == 4 and shape[1] == shape[2] != shape[3] else 0
+
+
+def _side(shape: tuple[int, ...], layout) -> int:
+    """The side of a map, or of the square of tokens (N, T, D), a class token left out; else 0."""
+    return math.isqrt(shape[1]) if len(shape) == 3 else layout(shape)
+
+
+def _map_stages(calls: list[Call], layout) -> list[tuple[Call, str]]:
+    stages: dict[int, tuple[int, Call]] = {}  # side of the map: its last module, and when that finished
+    for number, call in enumerate(calls):
+        side = layout(call.shape)
+        if side > 1 and (side not in stages or call.path.count(".") <= stages[side][1].path.count(".")):
+            stages[side] = number, call
+    chain = _longest_rise([stages[side] for side in sorted(stages, reverse=True)])
+    return [(call, ":nhwc" if layout is _nhwc else "") for _, call in chain[-4:]]
+
+
+def _longest_rise(numbered: list[tuple[int, Call]]) -> list[tuple[int, Call]]:
+    """The most stages from fine to coarse that are finished one after the other: a map that grows again, such as
+    adaptive pooling's, or one in a side branch is left out."""
+    chains: list[list] = []
+    for item in numbered:
+        before = [chain for chain in chains if chain[-1][0] < item[0]]
+        chains.append([*max(before, key=len, default=[]), item])
+    return max(chains, key=len, default=[])
+
+
+def _block_stages(net: nn.Module, calls: list[Call]) -> list[tuple[Call, str]]:
+    """The blocks are the largest group of siblings of one type that answer with tokens or maps of one shape."""
     siblings = {
-        path: (path.rpartition(".")[0], type(net.get_submodule(path))) for path, shape in outputs if len(shape) == 3
+        call: (call.path.rpartition(".")[0], type(net.get_submodule(call.path)), call.shape)
+        for call in {call.path: call for call in calls}.values()
+        if len(call.shape) in (3, 4) and _positions(torch.Size(call.shape)) > 1
     }
     if not siblings:
         return []
     counts = Counter(siblings.values())
     blocks_of = max(counts, key=lambda group: (counts[group], -group[0].count(".")))
-    blocks = [path for path, group in siblings.items() if group == blocks_of]
+    blocks = [call for call, group in siblings.items() if group == blocks_of]
+    suffix = ":nhwc" if _nhwc(blocks[0].shape) else ""
+    return [(call, suffix) for call in _quarters(blocks)]
+
+
+def _quarters(blocks: list[Call]) -> list[Call]:
     ends = [len(blocks) * quarter // 4 for quarter in (1, 2, 3, 4)]
     return [blocks[end - 1] for end in dict.fromkeys(ends) if end]

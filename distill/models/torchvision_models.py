@@ -12,9 +12,10 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 
+from distill.checkpoints import at_positions
 from distill.errors import UserError
 from distill.models.stem import SMALL, for_small_images
-from distill.models.taps import dry_run, head_path, out_of_place
+from distill.models.taps import dry_run, heads, out_of_place
 
 
 def classifier(name: str, num_classes: int, image_size: int, weights: str | None = None) -> nn.Module:
@@ -25,7 +26,8 @@ def classifier(name: str, num_classes: int, image_size: int, weights: str | None
         num_classes: K; pretrained weights of another number of classes get a fresh head.
         image_size: px. Up to 64 px the first layers keep the resolution (see distill.models.stem; VGG, which
             has no such layers, and MaxViT, which fixes the size, stay as they are), and a ViT without weights
-            takes patches of 4 px (up to 32 px) or 8 px instead of its own.
+            takes patches of 4 px (up to 32 px) or 8 px instead of its own. Above 64 px the positions of a ViT's
+            weights are interpolated.
         weights: None, "DEFAULT", or a name such as "IMAGENET1K_V1"; torchvision downloads and keeps the file.
 
     Raises:
@@ -42,7 +44,7 @@ def classifier(name: str, num_classes: int, image_size: int, weights: str | None
     options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}  # one output, always
     if weights is not None:
         net = _pretrained(name, weights, image_size, options)
-        _fit_head(net, num_classes)
+        _fit_heads(net, num_classes, image_size)
     elif name.startswith("vit_"):
         net = _vit(name, num_classes, image_size)
     else:
@@ -61,13 +63,13 @@ def _pretrained(name: str, weights: str, image_size: int, options: dict) -> nn.M
     if entry is None:
         raise UserError(f"{name} has no weights '{weights}'; it has {', '.join(choices)}")
     size = entry.meta["min_size"][0]
-    if name.startswith("vit_") and image_size != size:
+    if name.startswith("vit_") and image_size <= SMALL:
         raise UserError(f"the weights of {name} take images of {size} px, not {image_size}: data.image_size={size}")
     file = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
     try:
         # torchvision unpickles the file that it finds in its folder without a look: allow tensors only
         with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-            return get_model(name, weights=entry, **options)
+            net = get_model(name, weights=entry, **options)
     except OSError as error:
         raise UserError(
             f"the weights of {name} could not be fetched ({error}): put {entry.url} at {file}, "
@@ -75,15 +77,24 @@ def _pretrained(name: str, weights: str, image_size: int, options: dict) -> nn.M
         ) from error
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{file} is broken or not the weights of {name}: delete it to fetch it anew") from error
+    return _resized(net, name, image_size) if name.startswith("vit_") and image_size != size else net
 
 
-def _fit_head(net: nn.Module, num_classes: int) -> None:
-    path = head_path(net)
-    old = net.get_submodule(path)
-    if isinstance(old, nn.Linear) and old.out_features != num_classes:
-        net.set_submodule(path, nn.Linear(old.in_features, num_classes))
-    elif isinstance(old, nn.Conv2d) and old.out_channels != num_classes:
-        net.set_submodule(path, nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
+def _resized(vit: nn.Module, name: str, image_size: int) -> nn.Module:
+    """`vit` for images of another size, its position embeddings interpolated."""
+    net = _vit(name, vit.num_classes, image_size)
+    wanted = net.state_dict()
+    net.load_state_dict({key: at_positions(key, value, wanted[key]) for key, value in vit.state_dict().items()})
+    return net
+
+
+def _fit_heads(net: nn.Module, num_classes: int, image_size: int) -> None:
+    for path in heads(net, image_size):
+        old = net.get_submodule(path)
+        if isinstance(old, nn.Linear) and old.out_features != num_classes:
+            net.set_submodule(path, nn.Linear(old.in_features, num_classes))
+        elif isinstance(old, nn.Conv2d) and old.out_channels != num_classes:
+            net.set_submodule(path, nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
 
 
 def _vit(name: str, num_classes: int, image_size: int) -> nn.Module:
