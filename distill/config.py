@@ -49,6 +49,7 @@ REFUSED = {  # and why others are not
     "limit_predict_batches": "the test set is measured whole, once",
     "barebones": _OURS,
 }
+OPSETS = range(18, 24)  # of ONNX's operators: distill.export.onnx.OPSETS, which loads torch
 STAGES = ["teacher", "cache", "distill", "compress", "export", "report"]
 
 
@@ -128,6 +129,9 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
     _check_trainer(cfg)
     for name, options in cfg.loss.items():
         check_weight(name, OmegaConf.to_container(options, resolve=True)["weight"])
+    opset = OmegaConf.select(cfg, "export.onnx.opset")
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"export.onnx.opset={opset} is none that is written: choose {OPSETS[0]} to {OPSETS[-1]}")
     values = [word for word in overrides if not is_group(word, choices) and word[0] not in "+~"]
     defaults = compose("train", [word for word in overrides if word not in values])
     for word in values:

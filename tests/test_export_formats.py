@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from distill import config, measure
 from distill import evaluate as report_stage
 from distill import export as exporting
-from distill import measure
 from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
@@ -335,6 +335,13 @@ def test_another_opset_is_refused(tmp_path, opset):
     with pytest.raises(UsageError, match=rf"export.onnx.opset={opset} .*18 to 23"):
         onnx.export(nn.Flatten().eval(), torch.rand(2, 3, 4, 4), tmp_path / "net", {}, opset=opset)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_opset_is_refused_before_anything_is_trained(train, quick, tmp_path, capfd):
+    assert config.OPSETS == onnx.OPSETS
+    assert train(*quick, "export=[onnx]", "export.onnx.opset=17", cwd=tmp_path) == 2
+    assert "export.onnx.opset=17 is none that is written: choose 18 to 23" in capfd.readouterr().err
+    assert not (tmp_path / "outputs/fits").exists()
 
 
 def test_onnx_runtime_is_quoted_with_the_layer_that_it_cannot_run(tmp_path):
