@@ -18,6 +18,7 @@ from distill.compress.static_int8 import static_int8
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import from_arrays
 from distill.errors import UsageError, UserError
+from distill.export import executorch
 
 SHARE = 0.96  # of this network's weights: the rest are biases
 
@@ -265,3 +266,85 @@ def test_dynamic_int8_without_convolutions_says_what_would_reach_them(data):
 def test_without_an_exporter_nothing_is_compressed_and_that_is_said(data, capsys):
     assert compress.compress({"a": None}, network(), data, None, []) == ({}, [])
     assert capsys.readouterr().out == "compress: nothing to compress for, export=[] names no file\n"
+
+
+def signal_to_noise(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Decibels, of logits less their mean over the classes."""
+    found, wanted = (each.detach().double() - each.detach().double().mean(1, keepdim=True) for each in (found, wanted))
+    return (10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum())).item()
+
+
+def between(layer) -> nn.Sequential:
+    """`layer()` behind a convolution, behind its batch norm and in front of the head; logits far apart."""
+    torch.manual_seed(0)
+    convolution, norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+    depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    net = nn.Sequential(convolution, norm, layer(), depthwise, layer(), nn.Flatten(), nn.Linear(16 * 64, 4))
+    for _ in range(5):
+        net(torch.rand(32, 3, 8, 8))
+    return net.eval()
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("slopes", [1, 16])
+def test_prelu_is_near_in_int8(data, slopes, flow):
+    net, pixels = between(lambda: nn.PReLU(slopes, init=0.4)), images(0)[0][:32].float() / 255
+    assert signal_to_noise(static_int8(net, data=data, flow=flow)(pixels), net(pixels)) > 20
+
+
+@pytest.mark.parametrize("layer", [nn.Mish, lambda: nn.Softplus(2), nn.LogSigmoid], ids=["mish", "softplus", "log"])
+def test_executorch_computes_softplus_and_what_is_made_of_it(data, tmp_path, layer):
+    net, pixels = between(layer), images(0)[0][:19].float() / 255
+    for each, bound in ((net, 80), (static_int8(net, data=data, flow="xnnpack"), 25)):
+        (file,) = executorch.export(each, pixels[:2], tmp_path / "net", {})
+        assert signal_to_noise(file.run(pixels), each(pixels)) > bound
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_a_batch_norm_without_statistics_takes_those_of_the_batch(data, flow, dimensions):
+    pixels = images(0)[0][:32].float() / 255
+    if dimensions == 2:
+        net = between(lambda: nn.BatchNorm2d(16, track_running_stats=False))
+    else:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(16, track_running_stats=False, affine=False)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), norm, nn.ReLU(), nn.Linear(16, 4)).eval()
+    small = static_int8(net, data=data, flow=flow)
+    assert signal_to_noise(small(pixels), net(pixels)) > 15
+    if flow == "onnx":
+        assert signal_to_noise(dynamic_int8(net, data=data, flow=flow)(pixels), net(pixels)) > 15
+
+
+@pytest.mark.parametrize("mode", ["circular", "replicate", "reflect"])
+def test_convolutions_that_pad_otherwise_are_near(data, mode):
+    torch.manual_seed(0)
+    padded = nn.Conv2d(3, 16, 3, padding=1, padding_mode=mode)
+    net = nn.Sequential(padded, nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 4)).eval()
+    pixels = images(0)[0][:32].float() / 255
+    small = static_int8(net, data=data)
+    assert signal_to_noise(small(pixels), net(pixels)) > 20
+    floats = 0 if mode == "reflect" else padded.weight.numel()
+    assert (
+        stored(small)["static int8"].weights == sum(net.get_submodule(n).weight.numel() for n in layers(net)) - floats
+    )
+
+
+class Padded(nn.Module):
+    """A pad by nothing of int8 numbers, as Swin's patch merging has it for even sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        padded = nn.functional.pad(self.first(images), (0, 0, 0, 0))
+        return self.second(torch.cat([padded[..., 0::2, :], padded[..., 1::2, :]], 3)).mean((2, 3))
+
+
+def test_executorch_takes_a_pad_by_nothing(data, tmp_path):
+    torch.manual_seed(0)
+    net, pixels = Padded().eval(), images(0)[0][:3].float() / 255
+    small = static_int8(net, data=data, flow="xnnpack")
+    (file,) = executorch.export(small, pixels[:2], tmp_path / "net", {})
+    assert (file.run(pixels) - small(pixels)).abs().max() < 0.05 * small(pixels).abs().max()

@@ -151,7 +151,7 @@ def dynamic(net: nn.Module, example: Tensor, flow: str, conv: bool) -> nn.Module
     Raises:
         UserError: a network whose graph can't be captured.
     """
-    net = copy.deepcopy(net).eval()
+    net = _apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
         try:
             from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -209,7 +209,9 @@ def _apart(net: nn.Module) -> nn.Module:
 
     - a batch norm and its activation in one (timm's) are two: captured as one it is not known for a batch norm, so it
       is not folded, or computes in the mode that it was captured in;
-    - padding by a word is padding by numbers, where it is more on one side than on the other in a layer of its own.
+    - padding by a word is padding by numbers, where it is more on one side than on the other in a layer of its own;
+    - a batch norm without statistics is its arithmetic: nothing can be folded;
+    - PReLU is its function, in float: PyTorch's int8 kernel reads the slopes with a zero point that isn't theirs.
     """
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
@@ -219,6 +221,8 @@ def _apart(net: nn.Module) -> nn.Module:
             elif module.padding_mode == "zeros":
                 module.padding = (0, 0)
                 net.set_submodule(name, nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), module))
+        elif type(module) is nn.PReLU:
+            net.set_submodule(name, Slopes(module))
         elif isinstance(module, nn.BatchNorm2d) and isinstance(getattr(module, "act", None), nn.Module):
             with torch.device("meta"):
                 norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
@@ -228,7 +232,37 @@ def _apart(net: nn.Module) -> nn.Module:
             norm.track_running_stats = module.track_running_stats
             rest = [part for part in (getattr(module, "drop", None), module.act) if isinstance(part, nn.Module)]
             net.set_submodule(name, nn.Sequential(norm, *rest).eval())
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            net.set_submodule(name, StatisticsOfBatch(module))
     return net
+
+
+class Slopes(nn.Module):
+    """PReLU: x where it is positive, else a slope times x; one slope, or one for each channel."""
+
+    def __init__(self, layer: nn.PReLU):
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.prelu(images, self.weight)
+
+
+class StatisticsOfBatch(nn.Module):
+    """A batch norm that keeps no statistics and takes those of each batch, in eval mode, too: (N, C, …) to the same."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.transpose(0, 1).flatten(1)  # (C, N · …)
+        difference = rows - rows.mean(1, keepdim=True)
+        normed = difference * torch.rsqrt((difference * difference).mean(1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            normed = normed * self.weight[:, None] + self.bias[:, None]
+        return normed.reshape_as(images.transpose(0, 1)).transpose(0, 1)
 
 
 @torch.no_grad()
@@ -263,7 +297,7 @@ def _prepare_fx(net, example, flow, qat, skip, observer) -> nn.Module:
             mapping.set_object_type(kind, mapping.global_qconfig)
         elif qat and config is not None and config.activation is stock.activation:
             mapping.set_object_type(kind, config._replace(activation=activation))
-    for path in skip | _inside_of_leaves(net):
+    for path in skip | _inside_of_leaves(net) | _padded_otherwise(net):
         mapping.set_module_name(path, None)
     prepare = quantize_fx.prepare_qat_fx if qat else quantize_fx.prepare_fx
     return prepare(net, mapping, (example,)).train(qat)
@@ -277,6 +311,12 @@ def _inside_of_leaves(net: nn.Module) -> set[str]:
         if path and fx.Tracer().is_leaf_module(module, path) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
     ]
     return {f"{path}.{inner}" for path, leaf in leaves for inner, _ in leaf.named_modules() if inner}
+
+
+def _padded_otherwise(net: nn.Module) -> set[str]:
+    """Convolutions whose padding PyTorch's int8 kernels don't know: they stay float."""
+    modules = net.named_modules()
+    return {path for path, each in modules if getattr(each, "padding_mode", "zeros") not in ("zeros", "reflect")}
 
 
 def _prepare_pt2e(net, example, flow, qat, skip, observer) -> nn.Module:

@@ -127,15 +127,19 @@ def _prove(file: Artifact, path: Path, net: nn.Module, example: Tensor, place: C
     answer = None
     for count in BATCHES:
         images = example[torch.arange(count) % len(example)]
-        wanted = net(images)
+        try:
+            wanted = net(images)
+        except Exception as error:  # whatever its own code raises
+            raise UserError(
+                f"{file.path.name} is not kept: the network itself fails on a batch of {count}: {_line(error)}"
+            ) from error
         try:
             answer = answer or file.load(path)
             found = answer(images)
         except Exception as error:  # of whatever kind its runtime raises
-            said = str(error).replace(str(path), file.path.name)
-            line = said.strip().partition("\n")[0][:300]
+            line = _line(error).replace(str(path), file.path.name)
             raise UserError(
-                f"{file.path.name} is not kept: its runtime fails on a batch of {count}{place(said)}: {line}"
+                f"{file.path.name} is not kept: its runtime fails on a batch of {count}{place(str(error))}: {line}"
             ) from error
         if found.shape != wanted.shape:
             raise UserError(
@@ -148,3 +152,7 @@ def _prove(file: Artifact, path: Path, net: nn.Module, example: Tensor, place: C
                 f"{file.path.name} is not kept: on a batch of {count} it answers otherwise than the network, with a "
                 f"relative error of {error:.2g}"
             )
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from distill.errors import UserError
 from distill.export import graph
@@ -47,7 +48,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
             "a hundred times slower: choose compress=[static_int8] for it"
         )
     stem, described = Path(stem), json.dumps(describe(example, metadata), ensure_ascii=False)
-    program = graph.capture(net, torch.cat([example[:1]] * 2), "ExecuTorch", most=MOST)
+    program = _rewritten(graph.capture(net, torch.cat([example[:1]] * 2), "ExecuTorch", most=MOST))
     with graph.quiet(), torch.no_grad():
         try:
             lowered = to_edge_transform_and_lower(
@@ -107,6 +108,33 @@ def _program(path: Path):
         return Runtime.get().load_program(path)
     except RuntimeError as error:
         raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
+
+
+def _rewritten(program: ExportedProgram) -> ExportedProgram:
+    """`program` without operators that lower to what doesn't run: pads by nothing, which XNNPACK refuses in int8, and
+    softplus and what is made of it, whose usual form chooses between tensors of two memory layouts."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.pad.default):
+        if not any(node.args[1]):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    known = {node.target for node in program.graph.nodes}
+    table = {operator: form for operator, form in FORMS.items() if operator in known}
+    return program.run_decompositions(table) if table else program
+
+
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """log(1 + exp(βx)) / β without overflow; where βx > threshold it is x but for less than exp(-threshold).
+
+    From -x, since XNNPACK has no kernel for a ReLU of int8 numbers whose result is float, as the sum is."""
+    minus = -x
+    return torch.relu(-minus) + torch.log(1 + torch.exp(-torch.abs(beta * minus))) / beta
+
+
+FORMS = {
+    torch.ops.aten.softplus.default: _softplus,
+    torch.ops.aten.mish.default: lambda x: -(-x * torch.tanh(_softplus(x))),
+    torch.ops.aten.log_sigmoid.default: lambda x: -_softplus(-x),
+}
 
 
 def _check_kernels(finished) -> None:
