@@ -73,6 +73,8 @@ def main(cfg):
             for logger in loggers:
                 report.log(logger, rows, folder)
             say(report.table(rows))
+            for line in report.remarks(rows):
+                say(f"remark: {line}")
             say(f"{folder}: report.md, report.json, report.png, export/")
         if failures:
             raise UserError("; ".join(failures))

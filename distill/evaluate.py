@@ -7,12 +7,15 @@ from torch import Tensor, nn
 
 from distill import measure, report
 from distill.checkpoints import serialised_bytes
-from distill.compress.coverage import int8_share
+from distill.compress.coverage import COMPUTED, HALF, computed_share, int8_share, stored
 from distill.data.base import Data
-from distill.export import Nets
+from distill.errors import UserError
+from distill.export import Nets, told
 from distill.export.artifact import Artifact
 from distill.export.serve import serve
 from distill.network import Network
+
+FEW = 12  # images that are asked in other batches than the rest
 
 
 def evaluate(
@@ -29,7 +32,7 @@ def evaluate(
         nets: the plain networks that were exported, by name and flow.
         files: what was exported, by the same names.
         data: its test images are read once, by all models together.
-        tolerance: {"file", "rounding", "float", "compressed"}, see `report.check`.
+        tolerance: {"file", "rounding", "float", "compressed"}, bounds of `report.difference`.
 
     Returns:
         The rows, and one line for each reason why a file may not ship.
@@ -38,13 +41,24 @@ def evaluate(
     artifacts = {file.path.name: file for several in files.values() for file in several}
     source_of = {file.path.name: nets[name][file.flow] for name, several in files.items() for file in several}
     floats = {file.path.name for file in files["student"]}
-    sources = {f"source {id(net)}": net for net in source_of.values()}  # once, where it is the same for all flows
+    # once, where it is the same for all flows; on the CPU: an accelerator may compute float32 in fewer digits
+    sources = {f"source {id(net)}": net for net in [*source_of.values(), *nets["student"].values()]}
+    student = f"source {id(next(iter(nets['student'].values())))}" if nets["student"] else "student"
     example = data.test[torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)].images
     with serve(artifacts) as served:
         eager = {name: _on_device(net) for name, net in plain.items()}
-        logits, labels, failed = measure.predict({**eager, **sources, **served}, data.test_loader())
+        models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in sources.items()}}
+        models |= {name: _as_shipped(source_of[name], each) for name, each in served.items()}
+        logits, labels, failed = measure.predict(models, data.test_loader())
+        answered = [name for name in artifacts if name in logits and f"source {id(source_of[name])}" in logits]
+        bounds = {name: _bounds(artifacts[name], source_of[name], tolerance) for name in answered}
+        few = data.test[torch.arange(len(data.test))[:FEW], torch.zeros(min(FEW, len(data.test)), dtype=torch.int64)]
+        reference = next(iter(nets["student"].values()), plain["student"])
+        failures = list(failed.values())
+        for name in answered:
+            failures += _in_other_batches(name, served[name], source_of[name], reference, few.images, bounds[name])
         timers = {name: measure.timed(net.to("cpu")) for name, net in plain.items()}
-        timers |= {name: each.time for name, each in served.items() if name in logits}
+        timers |= {name: served[name].time for name in answered}
         times = measure.latency(timers, example)
 
     def row(name: str, net: nn.Module, size: int) -> report.Row:
@@ -58,20 +72,62 @@ def evaluate(
             macs=measure.macs(net, example),
             bytes=size,
             int8_share=int8_share(net),
+            int8_computed=computed_share(net),
         )
 
     rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
-    failures = list(failed.values())
-    for name in (name for name in artifacts if name in logits):
+    for name in answered:
         net = source_of[name]
-        rounds = artifacts[name].rounds and int8_share(net) > 0
-        bounds = tolerance["rounding" if rounds else "file"], tolerance["float" if name in floats else "compressed"]
-        failures += report.check(name, logits[name], logits[f"source {id(net)}"], logits["student"], labels, *bounds)
+        compared = logits[name], logits[f"source {id(net)}"], logits[student], labels
+        failures += report.check(name, *compared, bounds[name], tolerance["float" if name in floats else "compressed"])
         if name not in times:
             failures.append(f"{name}: its process died while its latency was measured")
         if torch.isfinite(logits[name]).all():
             rows.append(row(name, net, measure.file_bytes(artifacts[name].path)))
-    return report.compare(rows), failures
+    return report.compare(rows), list(dict.fromkeys(failures))
+
+
+def _bounds(file: Artifact, net: nn.Module, tolerance: Mapping) -> Mapping:
+    """Those of float32, and of int8 where the runtime has PyTorch's kernels; or those of numbers that are rounded."""
+    kinds = stored(net).keys()
+    return tolerance["rounding" if kinds & HALF or (file.rounds and kinds & COMPUTED) else "file"]
+
+
+def _as_shipped(net: nn.Module, answer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`answer` of `net` or of a file of it. What finds an activation's range anew for what it is asked about is asked
+    about one image at a time, as on a phone: in a batch it would round otherwise."""
+    if "dynamic int8" not in stored(net):
+        return answer
+    return lambda images: torch.cat([answer(image) for image in images.split(1)])
+
+
+def _told(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`net`, whose own errors are the file's that was made of it."""
+
+    def answer(images: Tensor) -> Tensor:
+        try:
+            return net(images)
+        except RuntimeError as error:
+            raise UserError(f"the network to be exported fails on {len(images)} images: {told(error)}") from error
+
+    return answer
+
+
+@torch.no_grad()
+def _in_other_batches(
+    name: str, file: Callable, source: nn.Module, student: nn.Module, images: Tensor, bounds: Mapping
+) -> list[str]:
+    """What a file answers wrongly, or not at all, when it is asked one by one and by three."""
+    failures = []
+    for size, words in ((1, " one by one"), (3, " in batches of three")):
+        try:
+            came = torch.cat([file(part) for part in images.split(size)])
+        except UserError as error:
+            return [f"{name}: asked{words}: {error}"]
+        wanted = torch.cat([source(part) for part in images.split(size)])
+        lines = report.difference(came, wanted, report.SOURCE, student(images), bounds)
+        failures += [f"{name}: asked{words}, {line}" for line in lines]
+    return failures
 
 
 def _on_device(net: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from distill.compress.coverage import stored
+from distill.compress.coverage import is_quantized, stored
 from distill.errors import UserError
 from distill.types import Batch
 
@@ -64,6 +63,13 @@ def accuracy_on(net: nn.Module, loader: Iterable[Batch]) -> float:
     """The share of the images of `loader` that `net`, images to logits, classifies rightly."""
     logits, labels, _ = predict({"net": net}, loader)
     return accuracy(logits["net"], labels)
+
+
+def signal_to_noise(logits: Tensor, wanted: Tensor) -> float:
+    """10 · log10(Σ wanted² / Σ (logits - wanted)²) in dB, over all images, each image's logits (N, K) less their mean
+    over the classes: what softmax sees of them. Infinite where both are the same, NaN where one is not finite."""
+    logits, wanted = (values.double() - values.double().mean(1, keepdim=True) for values in (logits, wanted))
+    return 10 * torch.log10(wanted.square().sum() / (logits - wanted).square().sum()).item()
 
 
 def logit_delta(a: Tensor, b: Tensor) -> float:
@@ -126,12 +132,13 @@ def macs(net: nn.Module, example: Tensor) -> int:
 
     def count(module: nn.Module, inputs, output: Tensor) -> None:
         nonlocal quantized
-        places = output.numel() // output.shape[-1 if output.dim() == 2 else 1]  # where a weight is applied
-        quantized += places * module.weight().numel()
+        weight = module.weight()
+        counted = inputs[0] if "Transpose" in type(module).__name__ else output
+        # where a weight is applied: a convolution's channels are the first dimension, a Linear's features the last
+        places = counted.numel() // counted.shape[-1 if weight.dim() == 2 else 1]
+        quantized += places * weight.numel()
 
-    hooks = [
-        module.register_forward_hook(count) for module in net.modules() if isinstance(module, WeightedQuantizedModule)
-    ]
+    hooks = [module.register_forward_hook(count) for module in net.modules() if is_quantized(module)]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention would not be counted
     try:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.ao.quantization import FakeQuantizeBase
 
 from distill.errors import UsageError
 
@@ -31,7 +30,7 @@ def precision(asked: str | int, accelerator: str, network: nn.Module) -> str:
         faster = torch.cpu.get_capabilities().get("avx512_bf16", False) and not slow
     else:
         faster = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    quantized = any(isinstance(layer, FakeQuantizeBase) for layer in layers)
+    quantized = any(hasattr(layer, "enable_fake_quant") for layer in layers)
     return "bf16-mixed" if faster and not quantized else "32-true"
 
 

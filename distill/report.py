@@ -21,6 +21,7 @@ from distill.files import read_json
 
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
 MISSING = "–"
+SLOWER = 1.5  # times that a file may take of its float one's time before that is remarked
 PROTOCOL = {
     "latency": "one image, one thread, models in turn, after warm-up: median and 95th percentile; networks in eager "
     "PyTorch, files in their own runtime, each in a process of its own",
@@ -28,6 +29,8 @@ PROTOCOL = {
     "same runtime",
     "ece": f"expected calibration error, {measure.ECE_BINS} equal bins",
     "macs": "multiply-accumulates for one image, in float or int8",
+    "int8 %, computed in int8 %": "of the weights: stored in int8, and those that the runtime multiplies in int8; the "
+    "others are dequantized first, so that the file is smaller and no faster",
     "max |Δlogit|, agreement with student": "against the float student on the test images",
 }
 
@@ -48,12 +51,13 @@ class Row:
     bytes: int | None = None
     latency_ms: float | None = None  # median
     latency_p95_ms: float | None = None
-    int8_share: float | None = None  # of the weights
+    int8_share: float | None = None  # of the weights: stored in int8
     format: str = "eager"  # or an artifact's format
     times_eager: float | None = None  # how many times faster than the float student in eager PyTorch
     times_float: float | None = None  # and than the float student's file of the same format
     top1_error: float | None = None  # one standard error of top1 on so many images
     macro: float | None = None  # the mean of the classes' own top-1
+    int8_computed: float | None = None  # of the weights: those with which the arithmetic is int8's
     measured: str | None = None  # when, where that was before the report's other rows
 
 
@@ -70,37 +74,78 @@ def check(
 
     Args:
         logits: (N, K), answered by the reloaded file.
-        source: (N, K), of the eager network that the file was exported from.
+        source: (N, K), of the eager network that the file was exported from, asked in the same way.
         student: (N, K), of the float student.
         labels: (N,) int64.
-        to_source, to_student: bounds against each: {"logit": largest |Δlogit| or None, "agreement": smallest share of
-            equal top-1 or None, "accuracy_drop": optional, in [0, 1]}. With the last, a file that agrees too seldom
-            may still ship if it is as accurate as the other but for that drop: fine-tuning may change answers.
+        to_source, to_student: bounds against each, see `difference`.
     """
     bad = (~torch.isfinite(logits).all(1)).sum().item()
     if bad:
         return [f"{name}: answers NaN or infinity for {bad} of {len(logits)} images"]
-    failures = []
-    for reference, bounds, other in (
-        ("the network it was exported from", to_source, source),
-        ("the float student", to_student, student),
-    ):
-        delta, agreement = measure.logit_delta(logits, other), measure.agreement(logits, other)
-        # "not <=" also catches a reference that is NaN
-        if bounds["logit"] is not None and not delta <= bounds["logit"]:
+    return [
+        f"{name}: {line}"
+        for other, reference, bounds in ((source, SOURCE, to_source), (student, "the float student", to_student))
+        for line in difference(logits, other, reference, student, bounds, labels)
+    ]
+
+
+SOURCE = "the network it was exported from"
+
+
+def difference(
+    logits: Tensor,
+    other: Tensor,
+    reference: str,
+    student: Tensor,
+    bounds: Mapping[str, float | None],
+    labels: Tensor | None = None,
+) -> list[str]:
+    """How logits (N, K) differ from those of the `reference` by more than the bounds allow, one line a reason.
+
+    Args:
+        bounds: what is missing or None is not asked for. "snr": least signal to noise in dB; "agreement": least share
+            of equal top-1; "logit": largest |Δlogit|. With "beside", in dB, the first two are no stricter than what
+            the reference itself keeps of the float student, its signal to noise lessened by `beside`: a depth that
+            amplifies its roundings amplifies those of a file. But never laxer than "floor" (dB) and "least" (share).
+            With "accuracy_drop", in [0, 1], logits that agree too seldom, but on "least" of the images, may still do
+            if they are as accurate as the reference's but for that drop: fine-tuning may change answers.
+        labels: (N,) int64; None: agreement is not asked for.
+    """
+    failures, limit = [], bounds.get("logit")
+    # "not <=" and "not >=" also catch a reference that is NaN
+    if limit is not None and not (delta := measure.logit_delta(logits, other)) <= limit:
+        failures.append(f"logits differ by up to {delta:.3g} from {reference} (allowed: {limit:g})")
+    snr, agreement, beside = bounds.get("snr"), bounds.get("agreement"), bounds.get("beside")
+    if beside is not None:
+        snr = max(bounds["floor"], min(snr, measure.signal_to_noise(other, student) - beside))
+        agreement = max(bounds["least"], min(agreement, measure.agreement(other, student)))
+    if snr is not None and not (found := measure.signal_to_noise(logits, other)) >= snr:
+        failures.append(f"logits differ from those of {reference}: signal to noise {found:.1f} dB (needed: {snr:.1f})")
+    if labels is not None and agreement is not None and not (same := measure.agreement(logits, other)) >= agreement:
+        lost = measure.accuracy(other, labels) - measure.accuracy(logits, labels)
+        allowed = bounds.get("accuracy_drop")
+        if allowed is None or not lost <= allowed or same < bounds.get("least", 0):
             failures.append(
-                f"{name}: logits differ by up to {delta:.3g} from {reference} (allowed: {bounds['logit']:g})"
+                f"top-1 agrees with {reference} on {same:.2%} of the images (needed: {agreement:.2%})"
+                + ("" if allowed is None else f" and is {lost:.2%} less accurate (allowed: {allowed:.2%})")
             )
-        if bounds["agreement"] is not None and not agreement >= bounds["agreement"]:
-            lost = measure.accuracy(other, labels) - measure.accuracy(logits, labels)
-            allowed = bounds.get("accuracy_drop")
-            if allowed is None or not lost <= allowed:
-                failures.append(
-                    f"{name}: top-1 agrees with {reference} on {agreement:.2%} of the images "
-                    f"(needed: {bounds['agreement']:.2%})"
-                    + ("" if allowed is None else f" and is {lost:.2%} less accurate (allowed: {allowed:.2%})")
-                )
     return failures
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader should know of files that may ship: one that is larger or much slower than the float student's of
+    the same format."""
+    floats = {row.format: row for row in rows if row.format != "eager" and Path(row.name).stem == "student"}
+    told = []
+    for row in rows:
+        plain = floats.get(row.format)
+        if plain is None or row.name == plain.name:
+            continue
+        if None not in (row.bytes, plain.bytes) and row.bytes > plain.bytes:
+            told.append(f"{row.name} is larger than {plain.name}: {row.bytes:,} against {plain.bytes:,} bytes")
+        if None not in (row.latency_ms, plain.latency_ms) and row.latency_ms > SLOWER * plain.latency_ms:
+            told.append(f"{row.name} is {row.latency_ms / plain.latency_ms:.1f} times slower than {plain.name}")
+    return told
 
 
 def compare(rows: list[Row]) -> list[Row]:
@@ -178,7 +223,7 @@ def log(logger, rows: list[Row], folder: Path) -> None:
 
 # columns of the terminal's table, those first that go first where there is no room for all
 DROPPED = (
-    *("p95\nms", "params\nM", "max\n|Δlogit|", "teacher\nagr. %", "ECE", "MACs\nM", "int8\n%", "Δ"),
+    *("p95\nms", "comp.\n%", "params\nM", "max\n|Δlogit|", "teacher\nagr. %", "ECE", "MACs\nM", "int8\n%", "Δ"),
     *("student\nagr. %", "macro\n%"),
 )
 
@@ -272,6 +317,7 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
         "latency ms": "ms",
         "p95 ms": "p95\nms",
         "int8 %": "int8\n%",
+        "computed in int8 %": "comp.\n%",
     }
     if not short:
         headers |= {"× eager": "", "× float": ""}
@@ -294,6 +340,7 @@ def _cells(rows: list[Row], short: bool) -> list[list[str]]:
                 show(row.latency_ms, ".2f"),
                 show(row.latency_p95_ms, ".2f"),
                 show(row.int8_share, ".0f", 100),
+                show(row.int8_computed, ".0f", 100),
                 *([] if short else [show(row.times_eager, ".2f"), show(row.times_float, ".2f")]),
             ]
         )
@@ -318,6 +365,8 @@ def _markdown(rows: list[Row], context: Mapping, failures: Sequence[str], machin
     }
     for time, names in times.items():
         lines += ["", f"Measured before, at {time}: {', '.join(names)}."]
+    if told := remarks(rows):
+        lines += ["", "## Remarks", "", *(f"- {line}" for line in told)]
     if failures:
         lines += ["", "## May not ship", "", *(f"- {line}" for line in failures)]
     for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):

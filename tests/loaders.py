@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import torch
 
@@ -20,3 +21,19 @@ def chatty(path):
 
 def failing(path):
     raise UserError("cannot load it")
+
+
+def hangs(path):
+    """Loads, and then gives no answer."""
+    time.sleep(1000)
+
+
+def two_only(path):
+    """A file that answers two images, whatever it is asked about."""
+
+    def answer(images):
+        if len(images) != 2:
+            raise RuntimeError("static tensor of shape (2, 10)")
+        return images.flatten(1)[:, :10]
+
+    return answer

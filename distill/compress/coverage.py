@@ -4,17 +4,17 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-import torch.ao.nn.quantized.dynamic as nnqd
 from torch import fx, nn
-from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 
 from distill.compress.dynamic_int8 import Int8Conv2d
 from distill.compress.flows import CONV
 from distill.compress.weight_only_int8 import Int8Linear
 
+COMPUTED = {"static int8", "dynamic int8"}  # the arithmetic too
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+HALF = {*DTYPES.values()}
 INT8 = ("static int8", "dynamic int8", "weight-only int8")
-HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-TREATMENTS = (*INT8, *HALF.values(), "float")
+TREATMENTS = (*INT8, *DTYPES.values(), "float")
 CHOOSE = "quantized_decomposed.choose_qparams"  # the range of an activation, at run time
 
 
@@ -23,14 +23,19 @@ class Stored(NamedTuple):
     bytes: int  # with scales, zero points and buffers
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a layer of torch.ao's that computes in int8 (asked by name: torch.ao is to be removed)."""
+    return type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None))
+
+
 def stored(net: nn.Module) -> dict[str, Stored]:
     """{treatment: what `net` stores that way}, of TREATMENTS those that occur; a parameter shared by several layers
     counts once."""
     weights, size = Counter(), Counter()
     floats = {id(parameter): parameter for parameter in net.parameters()}
     for module in net.modules():
-        if isinstance(module, WeightedQuantizedModule):
-            kind = "dynamic int8" if isinstance(module, nnqd.Linear) else "static int8"
+        if is_quantized(module):
+            kind = "dynamic int8" if ".dynamic." in type(module).__module__ else "static int8"
             weight, bias = module.weight(), module.bias()
             weights[kind] += weight.numel()
             # beside each int8 row: a float64 scale and an int64 zero point
@@ -49,7 +54,7 @@ def stored(net: nn.Module) -> dict[str, Stored]:
             size[kind] += sum(buffer.nbytes for buffer in buffers)
             weights[kind] += sum(buffer.numel() for buffer in frozen)
     for value in floats.values():
-        kind = HALF.get(value.dtype, "float")
+        kind = DTYPES.get(value.dtype, "float")
         weights[kind] += value.numel()
         size[kind] += value.nbytes
     return {name: Stored(weights[name], size[name]) for name in TREATMENTS if size[name] or name == "float"}
@@ -82,6 +87,11 @@ def coverage(net: nn.Module) -> dict[str, dict[str, float]]:
 def int8_share(net: nn.Module) -> float:
     """The share of the weights that is stored in int8, in [0, 1]."""
     return sum(share["weights"] for name, share in coverage(net).items() if name in INT8)
+
+
+def computed_share(net: nn.Module) -> float:
+    """The share of the weights with which the arithmetic is int8's too, in [0, 1]; the others are dequantized first."""
+    return sum(share["weights"] for name, share in coverage(net).items() if name in COMPUTED)
 
 
 def warning(net: nn.Module) -> str | None:

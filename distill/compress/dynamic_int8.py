@@ -1,11 +1,12 @@
-"""Dynamic int8: Linear layers compute in int8, convolutions are stored in int8 or compute in it too.
+"""Dynamic int8: Linear layers compute in int8, convolutions are stored in it.
 
 - Linear: int8 weights with one scale per output channel; the activations get one scale per batch, chosen when the
   network runs, so no calibration data is needed. TorchScript's form of it is made by
   `torch.ao.quantization.quantize_dynamic`, that of ExecuTorch (flow "xnnpack") and ONNX in distill/compress/flows.py.
-- Conv2d: XNNPACK computes it like Linear; only a depthwise one stays float there. PyTorch has no dynamic kernel, and
-  ONNX Runtime's is slower than float. For these two its weights are stored in int8, symmetric with one scale per
-  output channel (Jacob et al. 2018, arXiv:1712.05877; per channel: Krishnamoorthi 2018, arXiv:1806.08342):
+- Conv2d: no runtime here computes it in dynamic int8 rightly and fast (PyTorch has no kernel, ONNX Runtime's is slower
+  than float, XNNPACK's is wrong in common networks: distill/compress/quantizer.py). In TorchScript and ONNX its weights
+  are stored in int8, symmetric with one scale per output channel (Jacob et al. 2018, arXiv:1712.05877; per channel:
+  Krishnamoorthi 2018, arXiv:1806.08342); in ExecuTorch, which can't hold those, they stay float:
 
       q = round(w / s),  s = max|w| / 127,  w' = s · q,  so |w - w'| <= s / 2
 
@@ -19,12 +20,11 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from torch.fx.experimental.optimization import fuse
 
 from distill.compress import flows
 from distill.compress.calibrate import noise
-from distill.compress.layers import without_fast_paths
+from distill.compress.layers import exchange, without_fast_paths
 from distill.errors import UserError
 
 CONV = ("weight_only", "float")
@@ -79,10 +79,11 @@ def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
         finetune: part of every compression step's signature; not needed here.
-        data: gives the size of the images; not needed for the flow "fx".
+        data: gives the size of the images; without, in the flow "fx", it is not tried whether the network can do with
+            other layers.
         flow: one of flows.FLOWS.
-        conv: "weight_only" stores convolutions in int8; "float" leaves them as they are. For the flow "xnnpack", whose
-            runtime can't hold stored ones, they compute in int8 as well.
+        conv: "weight_only" stores convolutions in int8; "float" leaves them as they are, as does the flow "xnnpack"
+            always, whose runtime can't hold stored ones.
 
     Subclasses of Linear and Conv2d (but for Linear's in "xnnpack" and "onnx"), and convolutions padded with anything
     but zeros, stay float: `coverage` says how much that is.
@@ -92,15 +93,19 @@ def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, 
     """
     if conv not in CONV:
         raise UserError(f"compress.dynamic_int8.conv={conv} is unknown: choose one of {', '.join(CONV)}")
-    net, stores = fold_batch_norm(net), conv == "weight_only"
-    if stores and flow != "xnnpack":
-        for name, module in list(net.named_modules()):
-            if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-                net.set_submodule(name, Int8Conv2d(module))
+    net, example = fold_batch_norm(net), None if data is None else noise(data)
+    if conv == "weight_only" and flow != "xnnpack":
+        convs = {name: module for name, module in net.named_modules() if type(module) is nn.Conv2d}
+        zero_padded = {name: Int8Conv2d(module) for name, module in convs.items() if module.padding_mode == "zeros"}
+        exchange(net, zero_padded, example)
     if flow != "fx":
-        return flows.dynamic(net, noise(data), flow, conv=stores and flow == "xnnpack")
+        return flows.dynamic(net, example, flow)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization is to move to torchao
         warnings.filterwarnings("ignore", message=".*(reduce_range|quantize_per_channel)")
-        quantize_dynamic(net, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic  # to be removed: not sooner
+
+        small = quantize_dynamic(net, {nn.Linear: per_channel_dynamic_qconfig})
+    linear = [name for name, module in net.named_modules() if type(module) is nn.Linear]
+    exchange(net, {name: small.get_submodule(name) for name in linear}, example)
     return net

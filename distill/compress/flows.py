@@ -36,7 +36,6 @@ CONVOLUTIONS = tuple(
     getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
 )
 LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
-ELEMENTWISE = tuple(getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div"))
 
 
 class Captured(nn.Module):
@@ -140,13 +139,12 @@ def convert(prepared: nn.Module, flow: str) -> nn.Module:
         return _sliced_in_int8(small) if flow == "xnnpack" else small
 
 
-def dynamic(net: nn.Module, example: Tensor, flow: str, conv: bool) -> nn.Module:
+def dynamic(net: nn.Module, example: Tensor, flow: str) -> nn.Module:
     """A copy of `net` whose Linear layers have int8 weights and round their input in the range that it has at run time.
 
     Args:
         net, example: as for `prepare`.
         flow: "xnnpack" or "onnx".
-        conv: convolutions too, but for depthwise ones. XNNPACK has kernels for it, ONNX Runtime no fast ones.
 
     Raises:
         UserError: a network whose graph can't be captured.
@@ -159,8 +157,8 @@ def dynamic(net: nn.Module, example: Tensor, flow: str, conv: bool) -> nn.Module
             from distill.compress.quantizer import Dynamic
         except ImportError as error:
             raise _missing(flow) from error
-        graph = _four_dimensional(_exported(net, example))
-        prepared = prepare_pt2e(graph, Dynamic(_pt2e_config(flow, False, None), conv))
+        graph = _without_batch_norms(_exported(net, example))
+        prepared = prepare_pt2e(graph, Dynamic(_pt2e_config(flow, False, None)))
         prepared(example)  # the weights are observed
         small = _convert_pt2e(prepared)
     return _bias_apart(small) if flow == "onnx" else small
@@ -401,14 +399,32 @@ def _missing(flow: str) -> UserError:
     return UserError(f"int8 for {flow} needs executorch: pip install 'distill[executorch]'")
 
 
-def _four_dimensional(graph: fx.GraphModule) -> fx.GraphModule:
-    """`graph` whose constants that meet images (N, C, H, W) have four dimensions too: in front of a dynamic
-    convolution XNNPACK lays images out with the channels last, and would take a (C, 1, 1) for (1, C, 1, 1) there."""
-    for node in graph.graph.nodes:
-        meet = {user.meta["val"].dim() if user.target in ELEMENTWISE else None for user in node.users}
-        if node.op == "get_attr" and meet == {4}:
-            value = attrgetter(node.target)(graph)
-            value.data = value.data.view([1] * (4 - value.dim()) + list(value.shape))
+def _without_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph` whose batch norms behind a weight that is computed (one that is stored in int8) scale and shift: torchao
+    would fold them into it, and can only into one that is a tensor."""
+    for node in graph.graph.find_nodes(op="call_function", target=BATCH_NORM):
+        conv = node.args[0]
+        if conv.op != "call_function" or conv.target != CONV or conv.args[1].op == "get_attr":
+            continue
+        images, weight, bias, mean, variance, _, _, eps = node.args[:8]
+        weight, bias, mean, variance = (
+            None if at is None else attrgetter(at.target)(graph) for at in (weight, bias, mean, variance)
+        )
+        scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
+        shift = -mean * scale if bias is None else bias - mean * scale
+        with graph.graph.inserting_before(node):
+            held = []
+            for name, value in (("scale", scale), ("shift", shift)):
+                graph.register_buffer(f"{node.name}_{name}", value.detach().view(-1, 1, 1))
+                held.append(graph.graph.get_attr(f"{node.name}_{name}"))
+                held[-1].meta = {**node.meta, "val": node.meta["val"].new_empty(value.view(-1, 1, 1).shape)}
+            scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (images, held[0]))
+            shifted = graph.graph.call_function(torch.ops.aten.add.Tensor, (scaled, held[1]))
+        scaled.meta = shifted.meta = dict(node.meta)
+        node.replace_all_uses_with(shifted)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return graph
 
 

@@ -1,5 +1,7 @@
 """Which layers of a network a step may put others in place of."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -31,3 +33,36 @@ def called(net: nn.Module, example: Tensor) -> set[str]:
         for hook in hooks:
             hook.remove()
     return found
+
+
+@torch.no_grad()
+def exchange(net: nn.Module, layers: Mapping[str, nn.Module], example: Tensor | None) -> list[str]:
+    """Put `layers` in their places in `net`; where `net` then fails, because a forward reads a layer's weight itself
+    (Swin's attention, XCiT's positions), the old one stays.
+
+    Args:
+        net: changed in place; eval mode.
+        layers: by path.
+        example: images (N, C, H, W) to try it on; None: it is not tried.
+
+    Returns:
+        The paths of those that stayed.
+    """
+    old = {path: net.get_submodule(path) for path in layers}
+
+    def works(paths) -> bool:
+        for path in paths:
+            net.set_submodule(path, layers[path])
+        try:
+            net(example)
+        except Exception:  # whatever its forward raises
+            for path in paths:
+                net.set_submodule(path, old[path])
+            return False
+        return True
+
+    if example is None:
+        for path, layer in layers.items():
+            net.set_submodule(path, layer)
+        return []
+    return [] if works(layers) else [path for path in layers if not works([path])]

@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.compress.calibrate import noise
 from distill.compress.dynamic_int8 import Int8Conv2d, fold_batch_norm, rounded
 from distill.compress.flows import paths
+from distill.compress.layers import exchange
 
 
 class Int8Linear(nn.Module):
@@ -35,12 +37,13 @@ def weight_only_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx",
         UserError: an unknown layer in `skip`.
     """
     skip = paths(net, skip)
-    net = fold_batch_norm(net)
-    for name, module in list(net.named_modules()):
+    net, small = fold_batch_norm(net), {}
+    for name, module in net.named_modules():
         if name in skip:
             continue
         if type(module) is nn.Linear:
-            net.set_submodule(name, Int8Linear(module))
+            small[name] = Int8Linear(module)
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
-            net.set_submodule(name, Int8Conv2d(module))
+            small[name] = Int8Conv2d(module)
+    exchange(net, small, None if data is None else noise(data))
     return net

@@ -57,9 +57,16 @@ def export(
                 continue
             try:
                 files[name] += exporter(flows[flow(exporter)], example, folder / name, metadata)
-            except UserError as error:
-                failures.append(f"{name}: {error}")
+            except Exception as error:  # whatever a runtime's compiler raises: the others go on
+                failures.append(f"{name}: {told(error)}")
     return files, failures
+
+
+def told(error: Exception) -> str:
+    """An error of whatever kind in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def reload(nets: Nets, reloaders: Mapping[str, Callable], folder: Path) -> dict[str, list[Artifact]]:

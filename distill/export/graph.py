@@ -60,6 +60,7 @@ def refuse(error: Exception, program: ExportedProgram, name: str) -> UserError:
 def source(operator: str, calls: Iterable[fx.Node]) -> fx.Node | None:
     """The first call from which `operator` of a decomposed graph may have come: one with its name in its own."""
     base = re.split(r"[.:]", operator.partition("::")[2] or operator.partition(".")[2])[0].removesuffix("_copy")
+    base = "conv" if base == "convolution" else base  # of one, two or three dimensions
     return next((node for node in calls if base in str(node.target)), None)
 
 

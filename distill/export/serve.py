@@ -13,6 +13,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,11 +27,14 @@ from distill.export.artifact import Artifact
 
 ROOT = str(Path(__file__).parents[2])  # where `import distill` finds the package
 
+LIMIT = 300  # seconds for an answer, and one more for each image: loading takes some, a file that hangs all
+
 
 class Served:
     """`artifact` in a fresh process, on one thread: `served(images)` answers, `served.time(images)` measures.
 
-    Both raise UserError when the file can't be loaded or run, or the process died.
+    Both raise UserError when the file can't be loaded or run, the process died, or it gave no answer within LIMIT
+    seconds, after which it is ended.
     """
 
     def __init__(self, artifact: Artifact):
@@ -57,12 +61,22 @@ class Served:
         return self._ask(images)[1]
 
     def _ask(self, images: Tensor) -> tuple[Tensor, float]:
+        hung = threading.Event()
+        watch = threading.Timer(LIMIT + len(images), lambda: (hung.set(), self.process.kill()))
+        watch.daemon = True
+        watch.start()
         try:
             with suppress(OSError):  # a process that is gone may have left its reason
                 _send(self.process.stdin, {"shape": list(images.shape)}, images)
             head, logits = _receive(self.process.stdout)
         except (OSError, EOFError, ValueError) as error:
+            if hung.is_set():
+                raise UserError(
+                    f"{self.name}: no answer within {LIMIT + len(images)} s: its process was ended"
+                ) from error
             raise UserError(f"{self.name}: its process died ({self._cause()})") from error
+        finally:
+            watch.cancel()
         if logits is None:
             raise UserError(f"{self.name}: {head['error']}")
         return logits, head["ms"]
@@ -72,10 +86,13 @@ class Served:
             code = self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             return "it lives, but what it answers can't be read"
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        last = next((line.strip() for line in reversed(self.log().split("\n")) if line.strip()), "it said nothing")
         return f"signal {-code}" if code < 0 else f"exit code {code}: {last}"
+
+    def log(self) -> str:
+        """What the process and its runtime have said so far."""
+        self.said.seek(0)
+        return self.said.read().decode(errors="replace")
 
     def close(self) -> None:
         self.process.kill()
