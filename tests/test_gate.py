@@ -194,7 +194,7 @@ def test_a_runtime_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "LIMIT", 1)
     file = exporting.Artifact("x", tmp_path / "slow.x", "fx", loaders.hangs)
     start = time.monotonic()
-    with serve.serve({"x": file}) as served, pytest.raises(UserError, match=r"slow\.x: no answer in 2 s"):
+    with serve.serve({"x": file}) as served, pytest.raises(UserError, match=r"slow\.x: no answer within 2 s"):
         served["x"](torch.rand(1, 3, 4, 4))
     assert time.monotonic() - start < 60
 
