@@ -76,8 +76,8 @@ def test_the_figures_are_those_of_the_files(folder, rows):
     for name in ("student.pt", "student-dynamic_int8.pt"):
         path = folder / "export" / name
         with torch.no_grad():
-            file = torch.jit.load(str(path))  # batch by batch: dynamic int8 rounds in the range of a batch
-            right = torch.cat([file(batch.images).argmax(1) == batch.labels for batch in data.test_loader()])
+            file = torch.jit.load(str(path))  # one by one, as a phone asks: dynamic int8 rounds in the range of a batch
+            right = torch.cat([file(image).argmax(1) for image in images.images.split(1)]) == images.labels
         assert rows[name]["top1"] == pytest.approx(right.double().mean().item(), abs=1e-6)
         assert rows[name]["bytes"] == path.stat().st_size
         assert read_metadata(path)["classes"] == data.classes
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_its_source_fails_the_run_and_stays(train, folder, ca
     other._save_for_lite_interpreter(str(exported))
     assert train(f"run={copy}", "stages=[report]", cwd=folder.parent.parent) == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: student.ptl: logits differ by up to ")
+    assert error.startswith("error: student.ptl: ") and "signal to noise" in error
     assert exported.is_file()
     assert json.loads((copy / "run.json").read_text())["status"] == "failed"
     assert "student.ptl" in (copy / "report.md").read_text()
