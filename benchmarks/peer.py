@@ -1,4 +1,4 @@
-"""Images per second beside torchdistill (pip install 'distill[bench]') on the same pair, images and batch, online.
+"""Images per second beside torchdistill (pip install torchdistill) on the same pair, images and batch, online.
 
     python -m benchmarks.peer teacher=resnet56 student=resnet20 data=imagefolder data.root=cifar10 data.batch_size=128 \
         --rows 2560 --json benchmarks/peer.json

@@ -386,7 +386,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, name, package):
     for module in [module for module in sys.modules if module.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"pip install 'distill\[{name}\]'"):
+    with pytest.raises(UserError, match=f"pip install {name}"):
         EXPORTERS[name].export(nn.Flatten().eval(), torch.rand(2, 3, 4, 4), tmp_path / "net", {})
 
 

@@ -317,7 +317,7 @@ def test_timm(monkeypatch):
     monkeypatch.setattr(timm, "create_model", no_network)
     assert "checkpoint=PATH" in error_of(timm_models.classifier, "resnet18", 10, 32, pretrained=True)
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert "pip install 'distill[timm]'" in error_of(timm_models.classifier, "resnet18", 10, 32)
+    assert "pip install timm" in error_of(timm_models.classifier, "resnet18", 10, 32)
 
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

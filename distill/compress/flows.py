@@ -396,7 +396,7 @@ def _fold_batch_norms(prepared: fx.GraphModule) -> None:
 
 
 def _missing(flow: str) -> UserError:
-    return UserError(f"int8 for {flow} needs executorch: pip install 'distill[executorch]'")
+    return UserError(f"int8 for {flow} needs executorch: pip install executorch")
 
 
 def _without_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:

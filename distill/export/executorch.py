@@ -165,4 +165,4 @@ def _failing(said: str, finished) -> str:
 
 
 def _missing() -> UserError:
-    return UserError("ExecuTorch files need the package executorch: pip install 'distill[executorch]'")
+    return UserError("ExecuTorch files need the package executorch: pip install executorch")

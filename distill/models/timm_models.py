@@ -25,7 +25,7 @@ def classifier(name: str, num_classes: int, image_size: int, pretrained: bool = 
     try:
         import timm
     except ImportError as error:
-        raise UserError("network timm needs the timm package: pip install 'distill[timm]'") from error
+        raise UserError("network timm needs the timm package: pip install timm") from error
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise UserError(
