@@ -21,8 +21,10 @@ def main(cfg):
         say(f"run: {folder}")
         data = build.data(cfg.data)
 
-        teacher = fit.teacher(cfg, data)
-        alone = fit.student_alone(cfg, data) if cfg.baseline and job.does("distill", "report") else None
+        given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
+        teacher = None if given and not job.does("teacher") else fit.teacher(cfg, data)
+        baseline = cfg.baseline and not given and job.does("distill", "report")
+        alone = fit.student_alone(cfg, data) if baseline else None
 
         if job.does("cache"):
             fit.fill_cache(cfg, teacher, data)
@@ -32,6 +34,8 @@ def main(cfg):
             student, epochs = fit.distil(cfg, teacher, data, folder, loggers)
             if leads():
                 job.save_student(student, epochs, data)
+        elif given and not job.distilled() and leads():
+            job.save_student(*fit.given(cfg, data), data)
 
         if not job.does("compress", "export", "report") or not leads():
             return
@@ -56,11 +60,11 @@ def main(cfg):
         if job.does("report"):
             say("report: every network and every reloaded file answers the test images, once")
             networks = {
-                "teacher": teacher.network if teacher.fixed else None,
+                "teacher": teacher.network if teacher and teacher.fixed else None,
                 "student alone": alone,
                 "student": student,
             }
-            networks["student (last epoch)"] = job.student(run.STUDENT_LAST)
+            networks["student (last epoch)"] = None if given else job.student(run.STUDENT_LAST)
             rows, unlike = evaluate(networks, nets, files, data, build.tolerance(cfg))
             failures += unlike
             if "auto" in cfg.compress:

@@ -50,7 +50,7 @@ def finetuner(
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # from here on this process is alone: it trains on all rows
-    losses = logit_losses(cfg.loss)
+    losses = logit_losses(cfg.loss, taught=teacher is not None)
     terms = describe(build.losses(losses)[0])
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):  # on one device, as captured, without an average of observers, to the end
@@ -109,12 +109,13 @@ def _options(steps: Mapping, name: str) -> dict | None:
     return _options(steps[first], "-".join(rest[1:])) if first == "auto" else build.plain(steps.get(first))
 
 
-def logit_losses(cfg: Mapping) -> dict:
-    """The terms of a loss configuration that read no taps, which graph capture does not keep; without any, the
-    cross-entropy."""
+def logit_losses(cfg: Mapping, taught: bool = True) -> dict:
+    """The terms of a loss configuration that read no taps, which graph capture does not keep, and no teacher where
+    there is none; without any, the cross-entropy."""
     terms, _ = build.losses(cfg)
     plain = build.plain(cfg)
-    chosen = {name: plain[name] for name, loss in terms.items() if not (*loss.student_taps, *loss.teacher_taps)}
+    usable = {name: loss for name, loss in terms.items() if taught or not loss.needs_teacher}
+    chosen = {name: plain[name] for name, loss in usable.items() if not (*loss.student_taps, *loss.teacher_taps)}
     return chosen or {"ce": {"_target_": "distill.losses.ce.CE", "weight": 1.0}}
 
 

@@ -233,13 +233,24 @@ def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed
         return _fit_once(own, name, described, network, {"ce": CROSS_ENTROPY}, data, epochs, described.fit.lr)
     say(f"{name}: {type(network.net).__name__} as given ({described.checkpoint or 'its own weights'})")
     if not described.untrained:
-        _refuse_chance(name, network, data)
+        fitted = "fit it (teacher.fit.epochs=N); teacher.untrained=true lets it teach all the same"
+        _refuse_chance(name, network, data, fitted)
     return network
 
 
-def _refuse_chance(name: str, network: Network, data: Data) -> None:
+def given(cfg: DictConfig, data: Data) -> tuple[Network, dict]:
+    """The student with the weights that it came with, and `fit`'s answer for a training of no epochs."""
+    network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed, fresh_head=False).eval()
+    say(f"student: {type(network.net).__name__} as given ({cfg.student.checkpoint or 'its own weights'})")
+    _refuse_chance("student", network, data, "train it (stages=[teacher,distill,...])")
+    accuracy = accuracy_on(network.plain(), data.val_loader())
+    return network, {"given": {"epoch": 0, "accuracy": accuracy, "state": _copy(network.net.state_dict())}}
+
+
+def _refuse_chance(name: str, network: Network, data: Data, instead: str) -> None:
     """Raises UserError where a network that was given, not fitted here, is no better than guessing on up to CHECKED
-    validation images: within three standard errors of always saying the most frequent class."""
+    validation images: within three standard errors of always saying the most frequent class. It says what to do
+    `instead`."""
     rows = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:CHECKED]
     batches = (data.val[part, torch.zeros_like(part)] for part in rows.split(data.batch_size))
     net = network.plain()
@@ -248,8 +259,8 @@ def _refuse_chance(name: str, network: Network, data: Data) -> None:
     if right <= share + 3 * (share * (1 - share) / len(rows)) ** 0.5:
         raise UserError(
             f"the {name} answers {right:.1%} of {len(rows)} validation images rightly, which is chance ({share:.1%}): "
-            "give it trained weights of these classes, in their order, and its mean and std (teacher.checkpoint=FILE), "
-            "or fit it (teacher.fit.epochs=N); teacher.untrained=true lets it teach all the same"
+            f"give it trained weights of these classes, in their order, and its mean and std "
+            f"({name.partition(' ')[0]}.checkpoint=FILE), or {instead}"
         )
 
 

@@ -66,11 +66,28 @@ class Run:
     def distilled(self) -> bool:
         return (self.folder / STUDENT).is_file()
 
+    def given(self) -> bool:
+        """Whether this run trains no student: it compresses, exports or measures one that has its weights already.
+
+        Raises:
+            UsageError: it is such a run, and is to distil now.
+        """
+        given, student = self.record.get("given", False), self.cfg.student
+        if given and self.does("cache", "distill"):
+            raise UsageError(f"{self.folder} holds a student that came with its weights: to train it start a new run")
+        has_weights = any(student.get(key) for key in STARTING_POINT)
+        works = self.does("compress", "export", "report") and not self.does("cache", "distill")
+        return given or (works and has_weights and not self.distilled())
+
     def save_student(self, student: Network, epochs: dict, data: Data) -> None:
-        """student_last.safetensors and student.safetensors (the selected epoch), each with what rebuilds it."""
+        """student_last.safetensors and student.safetensors (the selected epoch), each with what rebuilds it; of a
+        student that was given only the latter."""
         described = OmegaConf.to_container(self.cfg.student, resolve=True)
         described = _without(STARTING_POINT, described)
-        for file, which in ((STUDENT_LAST, "last"), (STUDENT, self.cfg.select)):
+        given = "given" in epochs
+        if given:
+            self.write(given=True)
+        for file, which in [(STUDENT, "given")] if given else [(STUDENT_LAST, "last"), (STUDENT, self.cfg.select)]:
             student.net.load_state_dict(epochs[which]["state"])
             metadata = {
                 "network": described,
@@ -99,7 +116,7 @@ class Run:
     def context(self, data: Data) -> dict:
         """What the report says of the run: the commands one after the other make the same."""
         saved = read_description(self.folder / STUDENT)
-        chosen = f"{saved['selected']} epoch, {saved['epoch']}"
+        chosen = f"{saved['selected']} epoch, {saved['epoch']}" if saved["epoch"] else "none: its weights were given"
         commands = self.record.get("commands", [self.record["overrides"]])
         if len(commands) > 1 and not any(word.startswith("name=") for word in commands[0]):  # the others name it
             commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]

@@ -124,6 +124,41 @@ def test_another_compression_on_a_finished_run(train, folder, capfd):
     assert (copy / "export" / "student-weight_only_int8.pt").is_file()
 
 
+def test_weights_one_has_are_compressed_and_measured_without_training(train, folder, capfd):
+    """No teacher, no baseline, no epochs of the student; fine-tuning goes by the labels; it can be gone on with."""
+    cwd = folder.parent.parent
+    student = ["student=resnet8_tiny", f"student.checkpoint={folder / 'student.safetensors'}"]
+    words = [*student, "stages=[compress,export,report]", "compress=prune", "compress.prune.epochs=1", "name=own"]
+    loose = ["tolerance.compressed.accuracy_drop=1", "tolerance.compressed.least=0"]
+    assert train(*words, *loose, cwd=cwd) == 0
+    told = capfd.readouterr().out
+    assert "fitting" not in told and "distill:" not in told and "fine-tuning under ce for 1 epochs" in told
+    rows = {row["name"]: row for row in json.loads((folder.with_name("own") / "report.json").read_text())["rows"]}
+    before = {row["name"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
+    assert list(rows) == ["student", "student-prune.pt", "student-prune.ptl", "student.pt", "student.ptl"]
+    assert rows["student"]["top1"] == before["student"]["top1"]
+    assert rows["student-prune.pt"]["macs"] < rows["student"]["macs"]
+    assert "its weights were given" in (folder.with_name("own") / "report.md").read_text()
+    words = ["run=outputs/own", "stages=[compress,export,report]", "compress=dynamic_int8"]
+    assert train(*words, cwd=cwd) == 0
+    assert (folder.with_name("own") / "export" / "student-dynamic_int8.pt").is_file()
+    assert train("run=outputs/own", "stages=[distill]", cwd=cwd) == 2
+    assert "start a new run" in capfd.readouterr().err
+
+
+def test_weights_that_answer_at_chance_or_for_other_classes_are_refused_at_once(train, folder, tmp_path, capfd):
+    cwd = folder.parent.parent
+    state = run.rebuild(folder / "student.safetensors").net.state_dict()
+    for name, value, said in (("chance", torch.zeros_like, "which is chance"), ("fewer", lambda w: w[:7], "head")):
+        heads = {key: value(state[key]) for key in ("linear.weight", "linear.bias")}
+        torch.save(state | heads, tmp_path / f"{name}.pt")
+        words = ["student=resnet8_tiny", f"student.checkpoint={tmp_path / name}.pt", "stages=[export,report]"]
+        assert train(*words, f"name={name}", cwd=cwd) in (1, 2)
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and (said in error or "classes" in error), error
+        assert not (folder.with_name(name) / "export").exists()
+
+
 def test_a_finished_run_is_not_continued_with_another_configuration(train, folder, capfd):
     assert train(f"run={folder}", "loss.kd.temperature=2", cwd=folder.parent.parent) == 2
     assert "another configuration (loss differ" in capfd.readouterr().err

@@ -167,4 +167,4 @@ def _quantization() -> dict:
 
 
 def _missing() -> UserError:
-    return UserError("ONNX files need the packages onnx, onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime")
+    return UserError("ONNX files need their packages: pip install onnx onnxscript onnxruntime")
