@@ -5,6 +5,7 @@ import math
 import pickle
 import struct
 import warnings
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -39,6 +40,7 @@ STATE_KEYS = (
 # Where two parts of a file fit a network alike, one with such a word in its name is not taken.
 SECOND_CHOICE = ("teacher", "ema", "momentum", "target", "averag")
 EXTRA = "_extra_state"  # what a module keeps besides tensors (nn.Module.get_extra_state) ends in this
+TEXT = 1 << 24  # bytes that a TorchScript program's packed text may unfold to: those are told what they are
 SHOWN = 5  # keys named in an error before the rest is only counted
 
 
@@ -62,7 +64,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         content = _with_extra_states(load_file(path)) if _is_safetensors(path) else _unpickle(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is broken, or neither safetensors nor a torch file: copy or download it again"
         ) from error
@@ -181,6 +183,7 @@ def _start(path: Path) -> bytes:
 
 
 def _unpickle(path: Path):
+    _refuse_packed(path)
     try:
         with open(path, "rb") as file, warnings.catch_warnings():  # given a path, torch goes by its ending
             warnings.simplefilter("ignore")  # the errors below say the same in one line
@@ -196,6 +199,19 @@ def _unpickle(path: Path):
         if "TorchScript" not in str(error):
             raise
         raise UserError(f"{path} is a TorchScript program, expected weights: save its state_dict() instead") from error
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raises UserError for an archive that unfolds to more than it is: torch packs no tensors."""
+    if not zipfile.is_zipfile(path):  # torch's older format
+        return
+    with zipfile.ZipFile(path) as archive:
+        unfolded = sum(member.file_size for member in archive.infolist())
+    if unfolded > path.stat().st_size + TEXT:
+        raise UserError(
+            f"{path} is not opened: it unfolds to {unfolded:,} bytes from {path.stat().st_size:,}, which "
+            "torch.save does not write; save it again with torch.save(net.state_dict(), PATH)"
+        )
 
 
 def _as_tensor(key: str, value) -> Tensor:

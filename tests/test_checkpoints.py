@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -384,3 +385,15 @@ def test_tables_that_differ_like_a_head_are_none(tmp_path):
 
     path = saved(tmp_path, net(10).state_dict())
     assert "table (10, 4), expected (7, 4)" in error_of(load_weights, net(7), path, new_head=True, heads=["1"])
+
+
+def test_an_archive_that_unfolds_to_more_than_it_is_stays_closed(tmp_path):
+    good, bomb = tmp_path / "good.pt", tmp_path / "bomb.pt"
+    torch.save({"weight": torch.zeros(1 << 25, dtype=torch.uint8)}, good)
+    with zipfile.ZipFile(good) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in archive.infolist():
+            packed.writestr(member.filename, archive.read(member))
+    assert read_state(good)["weight"].shape == (1 << 25,)
+    assert bomb.stat().st_size < 1 << 17
+    with pytest.raises(UserError, match=r"bomb\.pt is not opened: it unfolds to 33,5"):
+        read_state(bomb)
