@@ -17,6 +17,7 @@ from distill.types import ImageSize, Outputs, grid
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU)
 SIZE = 224  # px, of images that most networks take
+EXTRA = 5  # tokens that are no part of the image: a class token and four registers
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -211,12 +212,13 @@ class Network(nn.Module):
 def _tokens_as_map(tokens: Tensor, image: tuple[int, int], name: str) -> Tensor:
     """(N, T, D) → (N, D, H, W), leading extra tokens (class token) left out."""
     high, wide = grid(tokens.shape[1], image)
-    if not high:
+    extra = tokens.shape[1] - high * wide
+    if not high or extra > EXTRA:
         raise UserError(
             f"'{name}' answers with {tokens.shape[1]} tokens, in which no grid of the shape of images of "
             f"{image[0]} × {image[1]} px is found: choose another tap, or square images (data.image_size=N)"
         )
-    return tokens[:, tokens.shape[1] - high * wide :].transpose(1, 2).unflatten(2, (high, wide))
+    return tokens[:, extra:].transpose(1, 2).unflatten(2, (high, wide))
 
 
 def _record_input(store: Callable, module: nn.Module, inputs) -> None:
