@@ -50,8 +50,9 @@ INTRO = """# Running these files
 {files}
 
 Input: `images`, float32 (N, 3, {height}, {width}): RGB in planes (NCHW), values in [0, 1]; the files normalise them.
-A photo is turned upright (EXIF), what is transparent in it is seen on white, {resized}
-(bilinear, antialiased), then its middle {height} × {width} px are cut out.
+A photo is turned upright (EXIF), what is transparent in it is seen on white,
+{resized} (bilinear, antialiased),
+then its middle {height} × {width} px are cut out.
 Output: logits (N, {classes}), one for each line of `classes.txt`; `softmax` makes probabilities of them. Each file also
 holds its input's description and the class names as JSON.
 
