@@ -21,7 +21,7 @@ from distill.models.taps import heads, infer_taps, out_of_place
 from distill.network import Network
 from distill.progress import leads, say
 from distill.schedules import check_weight
-from distill.types import Batch, Outputs
+from distill.types import Batch, ImageSize, Outputs, in_px, sides
 
 ROLE_KEYS = ("checkpoint", "fit", "precision", "untrained", "taps", "mean", "std")
 
@@ -31,12 +31,12 @@ def data(cfg: DictConfig) -> Data:
     found = instantiate(cfg, _convert_="all")
     say(
         f"data: {cfg._target_.rpartition('.')[2]}, {len(found.train):,} training, {len(found.val):,} validation and "
-        f"{len(found.test):,} test images, {found.num_classes} classes, {found.image_size} px"
+        f"{len(found.test):,} test images, {found.num_classes} classes, {in_px(found.image_size)}"
     )
     return found
 
 
-def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_head: bool = True) -> Network:
+def network(cfg: DictConfig, classes: int, image_size: ImageSize, seed: int, fresh_head: bool = True) -> Network:
     """The network that a conf/network file describes, with its checkpoint where one is given.
 
     Args:
@@ -55,7 +55,7 @@ def network(cfg: DictConfig, classes: int, image_size: int, seed: int, fresh_hea
     net = out_of_place(instantiate(arguments, _convert_="all"))
     channels = len(described["mean"])
     if cfg.checkpoint:
-        left = load_weights(net, cfg.checkpoint, fresh_head, heads(net, image_size, channels))
+        left = load_weights(net, cfg.checkpoint, fresh_head, heads(net, image_size, channels), sides(image_size))
         if left:
             say(f"  {cfg.checkpoint} does not hold this network whole: {', '.join(left)} start anew")
     taps = described["taps"] if described["taps"] is not None else infer_taps(net, image_size, channels)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distill.errors import UserError
 from distill.files import atomic
+from distill.types import grid
 
 # Where a training program keeps its state dict; of several the first, averaged weights last.
 STATE_KEYS = (
@@ -77,7 +78,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(net: nn.Module, path: str | Path, new_head: bool = False, heads: Collection[str] = ()) -> list[str]:
+def load_weights(
+    net: nn.Module,
+    path: str | Path,
+    new_head: bool = False,
+    heads: Collection[str] = (),
+    image: tuple[int, int] = (1, 1),
+) -> list[str]:
     """Load a file's weights into `net` in place, every one of them or none.
 
     - Names in front ("module.", "backbone.", "student.net." …) are dropped: of the file's parts, the one that fits
@@ -93,6 +100,7 @@ def load_weights(net: nn.Module, path: str | Path, new_head: bool = False, heads
             convolution that differs in its kernel or the image's channels (see distill.models.stem), and `heads`
             where the file has none.
         heads: paths of the layers that give the logits.
+        image: height and width of what `net` takes, of which only the ratio counts.
 
     Returns:
         The names that were left as they were.
@@ -103,7 +111,7 @@ def load_weights(net: nn.Module, path: str | Path, new_head: bool = False, heads
     wanted = net.state_dict()
     state = _unwrap(read_state(path), wanted)
     for key in state.keys() & wanted.keys():
-        state[key] = at_positions(key, state[key], wanted[key])
+        state[key] = at_positions(key, state[key], wanted[key], image)
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted and not key.lower().startswith("aux")]
     tensors = [key for key in wanted if key in state and not key.endswith(EXTRA)]
@@ -288,9 +296,10 @@ def _unwrap(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str,
     return taken
 
 
-def at_positions(key: str, came, expected):
+def at_positions(key: str, came, expected, image: tuple[int, int] = (1, 1)):
     """What is learned for each of an image's positions, interpolated for as many as expected: embeddings (1, T, D) with
-    class tokens in front, (1, S, S, D) or (1, D, S, S), and Swin's and BEiT's tables ((2w - 1)² …, heads)."""
+    class tokens in front, (1, S, S, D) or (1, D, S, S), and Swin's and BEiT's tables ((2w - 1)² …, heads). What came is
+    of squares, what is expected of images (height, width) in the ratio of `image`."""
     if _shape(came) == _shape(expected) or len(_shape(came)) != len(_shape(expected)):
         return came
     if key.endswith("relative_position_bias_table"):
@@ -298,21 +307,21 @@ def at_positions(key: str, came, expected):
     if "pos_emb" not in key and "position_emb" not in key:
         return came
     if came.dim() == 4 and came.shape[1:] == (came.shape[1], came.shape[1], expected.shape[3]):
-        return _resized(came.flatten(1, 2), expected.flatten(1, 2)).view(-1, *expected.shape[1:])
+        return _resized(came.flatten(1, 2), expected.flatten(1, 2), image).view(-1, *expected.shape[1:])
     if came.dim() == 4 and came.shape[1:] == (expected.shape[1], came.shape[3], came.shape[3]):
-        resized = _resized(came.flatten(2).transpose(1, 2), expected.flatten(2).transpose(1, 2))
+        resized = _resized(came.flatten(2).transpose(1, 2), expected.flatten(2).transpose(1, 2), image)
         return resized.transpose(1, 2).reshape(-1, *expected.shape[1:])
-    return _resized(came, expected) if came.dim() == 3 else came
+    return _resized(came, expected, image) if came.dim() == 3 else came
 
 
-def _resized(came: Tensor, expected: Tensor) -> Tensor:
-    """(1, n + S², D) as (1, n + S'², D); as it is where the two are no such tables."""
+def _resized(came: Tensor, expected: Tensor, image: tuple[int, int] = (1, 1)) -> Tensor:
+    """(1, n + S², D) as (1, n + H W, D), with H : W as `image`; as it is where the two are no such tables."""
     for n in range(min(came.shape[1], expected.shape[1]) if came.shape[::2] == expected.shape[::2] else 0):
-        old, new = (math.isqrt(value.shape[1] - n) for value in (came, expected))
-        if old * old == came.shape[1] - n and new * new == expected.shape[1] - n:
-            grid = came[:, n:].float().transpose(1, 2).unflatten(2, (old, old))  # (1, D, S, S)
-            grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-            return torch.cat([came[:, :n].float(), grid.flatten(2).transpose(1, 2)], 1)
+        old, new = grid(came.shape[1] - n, (1, 1)), grid(expected.shape[1] - n, image)
+        if math.prod(old) == came.shape[1] - n and math.prod(new) == expected.shape[1] - n:
+            table = came[:, n:].float().transpose(1, 2).unflatten(2, old)  # (1, D, S, S)
+            table = F.interpolate(table, size=new, mode="bicubic", antialias=True)
+            return torch.cat([came[:, :n].float(), table.flatten(2).transpose(1, 2)], 1)
     return came
 
 

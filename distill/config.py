@@ -138,10 +138,11 @@ def check(cfg: DictConfig, overrides: list[str], choices) -> None:
         key = word.partition("=")[0]
         default, value = OmegaConf.select(defaults, key), OmegaConf.select(cfg, key)
         expected = _kind(default)
-        schedule = key.endswith(".weight") and OmegaConf.is_list(value)
+        may_be_listed = key.endswith(".weight") or key == "data.image_size"  # a schedule; height and width
+        listed = may_be_listed and OmegaConf.is_list(value)
         if value is None and key in NULLABLE:
             continue
-        if expected and _kind(value) != expected and not schedule and not (expected == "number" and _whole(value)):
+        if expected and _kind(value) != expected and not listed and not (expected == "number" and _whole(value)):
             raise UsageError(f"{word}: expected a {expected}, such as {default}")
 
 

@@ -37,7 +37,7 @@ from distill.precision import precision, teaching
 from distill.progress import leads, say
 from distill.sources import describe, layers, own_sources
 from distill.teachers import Committee, Ema, Frozen, Peer, Teacher, content_hash
-from distill.types import Outputs
+from distill.types import Outputs, checked_size
 
 CROSS_ENTROPY = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.0, "weight": 1.0}
 MEMBERS_APART = 1000  # between the seeds of an ensemble's members: far from those of a sweep
@@ -307,6 +307,8 @@ def _fit_once(
     decides["optimizer"]["lr"] = lr
     decides["trainer"].pop("max_epochs")
     decides["data"].pop("num_workers", None)
+    if isinstance(decides["data"].get("image_size"), list):
+        decides["data"]["image_size"] = checked_size(decides["data"]["image_size"])  # [N, N] is N
     own = own_sources([layers(network.net), describe(data.train.transform)])
     decides |= {"source": own} if own else {}
     key = content_key(decides)

@@ -13,10 +13,11 @@ from distill.errors import UserError
 from distill.models.answers import first_tensor, logits_of
 from distill.models.fold import copied, folded
 from distill.models.taps import heads
-from distill.types import Outputs
+from distill.types import ImageSize, Outputs, grid
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU)
 SIZE = 224  # px, of images that most networks take
+EXTRA = 5  # tokens that are no part of the image: a class token and four registers
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -67,7 +68,8 @@ class Network(nn.Module):
         stage1:norm.weight   a tensor of its last normalisation layer
         head:weight          any tensor that the module holds: recorded as it is, not per image
 
-    "pooled" is always a vector (N, D): a map there is averaged over its space.
+    "pooled" is always a vector (N, D): a map there is averaged over its space. Tokens of images that are not square
+    come as the map (N, D, H, W) that they are: their number alone would not tell its sides.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Network(nn.Module):
         taps: Mapping[str, str],
         mean: Sequence[float],
         std: Sequence[float],
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         role: str | None = None,
     ):
         super().__init__()
@@ -175,6 +177,13 @@ class Network(nn.Module):
         logits = logits_of(self.net(self.normalize(images)))
         features = self.tensors() | self._features
         self._features.clear()  # or the last batch's graph would stay alive
+        high, wide = images.shape[2:]
+        if high != wide:
+            features |= {
+                name: _tokens_as_map(value, (high, wide), name)
+                for name, value in features.items()
+                if value is not None and value.dim() == 3 and name != "pooled" and name not in self._tensors
+            }
         if features.get("pooled") is not None and features["pooled"].dim() == 4:
             features["pooled"] = features["pooled"].mean((2, 3))
         return Outputs(logits, features)
@@ -198,6 +207,18 @@ class Network(nn.Module):
         plain = Plain(OrderedDict(normalize=copy.deepcopy(self.normalize), net=net))
         plain = plain.to("cpu", memory_format=torch.contiguous_format).float().eval()
         return folded(plain, self.image_size or SIZE)
+
+
+def _tokens_as_map(tokens: Tensor, image: tuple[int, int], name: str) -> Tensor:
+    """(N, T, D) → (N, D, H, W), leading extra tokens (class token) left out."""
+    high, wide = grid(tokens.shape[1], image)
+    extra = tokens.shape[1] - high * wide
+    if not high or extra > EXTRA:
+        raise UserError(
+            f"'{name}' answers with {tokens.shape[1]} tokens, in which no grid of the shape of images of "
+            f"{image[0]} × {image[1]} px is found: choose another tap, or square images (data.image_size=N)"
+        )
+    return tokens[:, extra:].transpose(1, 2).unflatten(2, (high, wide))
 
 
 def _record_input(store: Callable, module: nn.Module, inputs) -> None:

@@ -26,6 +26,7 @@ from distill.files import atomic, read_yaml
 from distill.network import Network
 from distill.progress import leads
 from distill.runs import read_record
+from distill.types import checked_size
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
 FREE = (
@@ -44,7 +45,6 @@ FREE = (
 )
 STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
 MADE = (STUDENT, STUDENT_LAST, "checkpoints", "metrics", "compress", "export", "report.json")  # by a run's stages
-LARGEST = 8192  # px: sides of images that a student's file may ask for
 PATIENCE = 10  # seconds: a killed run's loader processes notice within five, and hold its lock until then
 STARTING_POINT = ("checkpoint", "weights", "pretrained")  # what training began with is not needed any more
 
@@ -295,12 +295,15 @@ def read_description(file: Path) -> dict:
         raise UserError(f"{file} does not say which network it belongs to: it is not a student that a run saved")
     try:
         saved = {key: json.loads(value) for key, value in metadata.items()}
-        kinds = {"network": dict, "classes": list, "image_size": int}
-        wrong = [key for key, kind in kinds.items() if type(saved.get(key)) is not kind]
+        kinds = {"network": dict, "classes": list}
+        wrong = [key for key, kind in kinds.items() if type(saved.get(key)) is not kind or not saved[key]]
+        saved["image_size"] = checked_size(saved.get("image_size"))
     except (ValueError, RecursionError):
         wrong = ["metadata"]
-    if wrong or not 0 < saved["image_size"] <= LARGEST or not saved["classes"]:
-        raise UserError(f"{file} is damaged: what it says of its {(wrong or ['images'])[0]} can't be read")
+    except UsageError:
+        wrong = ["image_size"]
+    if wrong:
+        raise UserError(f"{file} is damaged: what it says of its {wrong[0]} can't be read")
     return saved
 
 

@@ -1,9 +1,75 @@
 """What flows through the toolkit: a batch of images in, a network's outputs out."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from distill.errors import UsageError, UserError
+
+LARGEST = 8192  # px: of an image's sides
+
+ImageSize = int | tuple[int, int]  # px: the side of squares, or (height, width) where they differ
+
+
+def checked_size(size, option: str = "data.image_size") -> ImageSize:
+    """N for N and for [N, N], so that squares are the same however they are given; (H, W) for another [H, W].
+
+    Args:
+        size: px, whole numbers from 1 to LARGEST.
+        option: names it in the error.
+
+    Raises:
+        UsageError: it is no such number or pair.
+    """
+    pair = [size, size] if type(size) is int else size
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(side) is int for side in pair):
+        raise UsageError(f"{option}={size}: expected a whole number of px, or two: [HEIGHT,WIDTH]")
+    if not all(0 < side <= LARGEST for side in pair):
+        raise UsageError(f"{option}={size}: expected sides of 1 to {LARGEST} px")
+    return pair[0] if pair[0] == pair[1] else tuple(pair)
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """(height, width), px."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def in_px(size: ImageSize) -> str:
+    """For messages: "32 px", or height and width, "16 × 24 px"."""
+    return f"{size} px" if isinstance(size, int) else "{} × {} px".format(*size)
+
+
+def alike(height: int, width: int, image: tuple[int, int]) -> bool:
+    """Whether sides are those of an image (height, width) divided by one number, rounded up or down.
+
+    Of a square, only equal sides are.
+    """
+    return abs(height * image[1] - width * image[0]) < max(image)
+
+
+def grid(tokens: int, image: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest grid of an image's shape (height, width) that has at most as many cells; of a
+    square: the whole root, twice. (0, 0): there is none."""
+    common = math.gcd(*image)
+    high, wide = image[0] // common, image[1] // common
+    times = math.isqrt(tokens // (high * wide))
+    return high * times, wide * times
+
+
+def square(size: ImageSize, network: str) -> int:
+    """The side.
+
+    Raises:
+        UserError: `network` needs squares, and these are none.
+    """
+    if not isinstance(size, int):
+        raise UserError(
+            f"{network} takes square images only, not {in_px(size)}: give data.image_size one number, or choose a "
+            "convolutional network or a transformer of timm"
+        )
+    return size
 
 
 class Batch(NamedTuple):

@@ -114,8 +114,9 @@ def torchvision_op(image, name, strength):
     return policy._apply_image_or_video_transform(image, title, strength, policy.interpolation, policy._fill)
 
 
-NARROW = {"shear": 0.3, "translate": 150 / 331 * 32, "rotate": 30, "blend": 0.9, "posterize": 4}
-WIDE = {"shear": 0.99, "translate": 32, "rotate": 135, "blend": 0.99, "posterize": 6}
+SHIFTS = {"translate_x": 150 / 331 * 32, "translate_y": 150 / 331 * 32}
+NARROW = {"shear": 0.3, **SHIFTS, "rotate": 30, "blend": 0.9, "posterize": 4}
+WIDE = {"shear": 0.99, "translate_x": 32, "translate_y": 32, "rotate": 135, "blend": 0.99, "posterize": 6}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -125,7 +126,7 @@ def test_operations_equal_torchvisions(images, name, limits):
     which = torch.full((N,), (OPERATIONS.index(name) + 0.5) / len(OPERATIONS))
     made = policies._apply(images, which, levels, signs, limits)
     key = {"solarize": None, "autocontrast": None, "equalize": None, "identity": None}.get(name, name.split("_")[0])
-    key = "blend" if name in policies.BLENDED else key
+    key = "blend" if name in policies.BLENDED else name if name in limits and key else key
     expected = []
     for image, level, sign in zip(images, levels.tolist(), signs.tolist(), strict=True):
         strength = level * limits[key] if key else 1 - level

@@ -39,13 +39,15 @@ def program(folder: Path, title: str) -> str:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("mode, sides", [("RGB", (93, 60)), ("RGBA", (40, 71)), ("P", (61, 45)), ("L", (150, 77))])
-def test_a_program_prepares_a_photo_as_the_toolkit_does(rows, data, tmp_path, monkeypatch, mode, sides, orientation):
+@pytest.mark.parametrize("size", [16, (16, 28)])
+def test_a_program_prepares_a_photo_as_the_toolkit_does(rows, tmp_path, monkeypatch, size, mode, sides, orientation):
     """Turned, transparent, of odd sides: like `read` and `CenterCrop`."""
     from PIL import Image
 
     from distill.data.augment import CenterCrop
     from distill.data.files import read, tensor
 
+    data = fake(image_size=size, train_size=10, batch_size=16, num_workers=0)
     whole = replace(data, test=replace(data.test, transform=CenterCrop()))
     deploy.write_readme(rows, whole, tmp_path)
     rng = np.random.default_rng(0)
@@ -71,13 +73,14 @@ def test_a_program_prepares_a_photo_as_the_toolkit_does(rows, data, tmp_path, mo
     assert difference <= 2, difference  # two libraries' rounding of an antialiased resize
 
 
-def test_the_apps_triangles_are_pillows_bilinear():
+@pytest.mark.parametrize("wanted", [(16, 16), (28, 16), (16, 28)])
+def test_the_apps_triangles_are_pillows_bilinear(wanted):
     """The Kotlin and Swift functions' arithmetic, in Python."""
     from PIL import Image
 
-    size, short = 16, 19
+    (high, wide), (cover_high, cover_wide) = wanted, (side + 3 for side in wanted)
 
-    def triangles(side: int, resized: int):
+    def triangles(side: int, resized: int, size: int):
         scale = side / resized
         width = max(scale, 1.0)
         start = round((resized - size) / 2)
@@ -89,13 +92,15 @@ def test_the_apps_triangles_are_pillows_bilinear():
 
     pixels = np.random.default_rng(0).integers(256, size=(57, 90, 3)).astype(np.uint8)
     height, width = pixels.shape[:2]
-    sides = [short * side // min(height, width) for side in (width, height)]
-    across, down = list(triangles(width, sides[0])), list(triangles(height, sides[1]))
-    narrow = np.stack([np.tensordot(pixels[:, f : f + len(w)], w, ([1], [0])) for f, w in across], 1)  # (H, size, 3)
+    length, own = (cover_high, height) if height * cover_wide <= width * cover_high else (cover_wide, width)
+    sides = [length * side // own for side in (width, height)]
+    across, down = list(triangles(width, sides[0], wide)), list(triangles(height, sides[1], high))
+    narrow = np.stack([np.tensordot(pixels[:, f : f + len(w)], w, ([1], [0])) for f, w in across], 1)  # (H, wide, 3)
     found = np.stack([np.tensordot(narrow[f : f + len(w)], w, ([0], [0])) for f, w in down])
-    left, top = (round((side - size) / 2) for side in sides)
-    wanted = Image.fromarray(pixels).resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    assert np.abs(found - np.asarray(wanted)).max() <= 1.01
+    left, top = round((sides[0] - wide) / 2), round((sides[1] - high) / 2)
+    resized = Image.fromarray(pixels).resize(sides, Image.Resampling.BILINEAR)
+    expected = np.asarray(resized.crop((left, top, left + wide, top + high)))
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 1.01
     for line in ("(center - width + 0.5)", "(center + width + 0.5)", "+ 0.5 - center) / width"):
         assert deploy.PIXELS.count(line) == 2
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distill.data.base import Data
 from distill.errors import UserError
+from distill.types import sides
 
 FEWEST = 32  # a range of activations that is found on less is chance
 BATCH = 64
@@ -21,7 +22,7 @@ def calibration(data: Data, images: int, option: str, seed: int = 0) -> list[Ten
         option: names `images` in the error, such as "compress.static_int8.images".
 
     Returns:
-        Batches (n, C, S, S) float32 in [0, 1].
+        Batches (n, C, H, W) float32 in [0, 1].
 
     Raises:
         UserError: fewer than FEWEST images.
@@ -37,8 +38,8 @@ def calibration(data: Data, images: int, option: str, seed: int = 0) -> list[Ten
 
 
 def noise(data: Data) -> Tensor:
-    """(2, 3, S, S) in [0, 1], always the same: for what needs the size of the images, not images."""
-    return torch.rand(2, 3, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0))
+    """(2, 3, H, W) in [0, 1], always the same: for what needs the size of the images, not images."""
+    return torch.rand(2, 3, *sides(data.image_size), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Augmentations as pure functions of images and uniform numbers: `augment(images, uniforms, size)`.
 
+`size` is the set's: the side of squares, or (height, width); what is made of that size is (N, C, H, W).
+
 `count` is how many uniforms an image needs. Pixels stay uint8; nothing here draws a random number, and no image's bits
 depend on the others of its batch: sums are of whole numbers, and floats are worked on one operation at a time.
 """
@@ -14,6 +16,7 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as F
 
 from distill.errors import UsageError
+from distill.types import ImageSize, sides
 
 SMALL = 64  # px: images up to this side are kept in memory and worked on a batch at a time
 _TRIES = 10
@@ -38,8 +41,8 @@ class Chain:
         """Uniforms that `mix` needs: one chooses the mix."""
         return 1 + max(mix.count for mix in self.mixes)
 
-    def __call__(self, images: Tensor | Sequence[Tensor], uniforms: Tensor, size: int) -> Tensor:
-        """What the first step takes, and uniforms (N, count): (N, C, size, size) uint8."""
+    def __call__(self, images: Tensor | Sequence[Tensor], uniforms: Tensor, size: ImageSize) -> Tensor:
+        """What the first step takes, and uniforms (N, count): (N, C, H, W) uint8."""
         for step, part in zip(self.steps, uniforms.split([step.count for step in self.steps], dim=1), strict=True):
             images = step(images, part, size)
         return images
@@ -73,7 +76,7 @@ class ShiftFlip:
         if self.padding < 0:
             raise UsageError(f"ShiftFlip: padding must be at least 0, not {self.padding}")
 
-    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, C, H, W) of any dtype, uniforms (N, 3): a new (N, C, H, W); `size` is not used."""
         _, channels, height, width = images.shape
         offsets = (uniforms[:, :2] * (2 * self.padding + 1)).long()  # 0 … 2 · padding, evenly
@@ -92,7 +95,7 @@ class Flip:
 
     count = 1
 
-    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, C, H, W), uniforms (N, 1): a new (N, C, H, W); `size` is not used."""
         return torch.where(uniforms[:, :, None, None] < 0.5, images.flip(3), images)
 
@@ -112,7 +115,7 @@ class Cutout:
         if self.size < 1 or not 0 <= self.fill <= 255:
             raise UsageError(f"Cutout: size must be at least 1 and fill 0 to 255, not {self.size} and {self.fill}")
 
-    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, C, H, W) uint8, uniforms (N, 2): a new (N, C, H, W); the argument `size` is not used."""
         inside = []
         for side, uniform in zip(images.shape[2:], uniforms.split(1, dim=1), strict=True):
@@ -126,7 +129,8 @@ class Cutout:
 class RandomResizedCrop:
     """A random part of the image, resized to the set's size, mirrored half of the time (Szegedy et al. 2015).
 
-    `scale` is the range of the part's area over the image's, `ratio` that of its width over its height.
+    `scale` is the range of the part's area over the image's, `ratio` that of its width over its height, as seen once
+    it is resized: 1 is not distorted, whatever the set's size.
     """
 
     scale: Sequence[float] = (0.25, 1.0)
@@ -142,33 +146,36 @@ class RandomResizedCrop:
                 f"not {list(self.scale)} and {list(self.ratio)}"
             )
 
-    def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: int) -> Tensor:
-        """N images (C, H, W) uint8 of any sizes, and uniforms (N, 23): (N, C, size, size) uint8."""
+    def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: ImageSize) -> Tensor:
+        """N images (C, H, W) uint8 of any sizes, and uniforms (N, 23): (N, C, H, W) uint8."""
         sizes = torch.tensor([image.shape[1:] for image in images], device=uniforms.device)  # (N, 2) height, width
-        boxes, flips = self.boxes(sizes, uniforms), self.flip & (uniforms[:, -1] < 0.5)
+        height, width = sides(size)
+        boxes, flips = self.boxes(sizes, uniforms, width / height), self.flip & (uniforms[:, -1] < 0.5)
         if isinstance(images, Tensor) and max(images.shape[2:]) <= SMALL:
-            crops = _resized_crops(images, boxes, size)
+            crops = _resized_crops(images, boxes, (height, width))
         else:  # dense matrices would cost more than a loop
             pairs = zip(images, boxes.tolist(), strict=True)
-            crops = torch.stack([F.resized_crop(image, *box, [size, size], antialias=True) for image, box in pairs])
+            crops = torch.stack([F.resized_crop(image, *box, [height, width], antialias=True) for image, box in pairs])
         return torch.where(flips[:, None, None, None], crops.flip(3), crops)
 
-    def boxes(self, sizes: Tensor, uniforms: Tensor) -> Tensor:
+    def boxes(self, sizes: Tensor, uniforms: Tensor, aspect: float = 1.0) -> Tensor:
         """(N, 2) heights and widths, uniforms (N, 23) → (N, 4) int64: top, left, height, width.
+
+        `aspect` is width over height of what the part is resized to, by which the ratio's range is multiplied.
 
         As torchvision's: area uniform, ratio log-uniform; the first of ten tries that fits; if none does, the
         middle of the image at the ratio nearest to its own.
         """
         size = sizes.double()[:, None]  # (N, 1, 2)
         areas, ratios = uniforms[:, : 2 * _TRIES].double().chunk(2, dim=1)  # (N, 10) each
+        low, high = (aspect * ratio for ratio in self.ratio)
         areas = torch.lerp(*areas.new_tensor(tuple(self.scale)), areas) * size.prod(-1)
-        ratios = torch.lerp(*areas.new_tensor(tuple(self.ratio)).log(), ratios).exp()
+        ratios = torch.lerp(*areas.new_tensor((low, high)).log(), ratios).exp()
         tries = torch.stack([(areas / ratios).sqrt(), (areas * ratios).sqrt()], -1).round()  # (N, 10, 2)
         fits = ((tries <= size) & (tries >= 1)).all(-1)
         chosen = tries[torch.arange(len(sizes), device=sizes.device), fits.byte().argmax(1)]  # (N, 2)
 
         height, width = sizes.double().unbind(1)
-        low, high = self.ratio
         widest = torch.stack([height.minimum(width / low), width.minimum(height * high)], 1).round()
         found = fits.any(1, keepdim=True)
         extent = torch.where(found, chosen, widest.clamp(min=1)).long()
@@ -177,19 +184,19 @@ class RandomResizedCrop:
         return torch.cat([corner, extent], 1)
 
 
-def _resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Boxes (N, 4) of images (N, C, H, W) uint8, resized with antialiasing by two matrices each: (N, C, size, size).
+def _resized_crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) of images (N, C, H, W) uint8, resized with antialiasing by two matrices each: (N, C, *size).
 
     The weights are multiples of 2^-14, so that products and sums are exact in float32 in whatever order.
     """
     count, channels, height, width = images.shape
     down, across = (
-        _triangles(boxes[:, axis], boxes[:, axis + 2], side, size) for axis, side in enumerate((height, width))
+        _triangles(boxes[:, axis], boxes[:, axis + 2], side, size[axis]) for axis, side in enumerate((height, width))
     )
-    pixels = images.flatten(1, 2).float() @ across.mT  # (N, C·H, size)
-    pixels = pixels.round_().view(count, channels, height, size).mT.flatten(1, 2)  # rounded in between, as Pillow does
-    pixels = (pixels @ down.mT).round_().clamp_(0, 255)  # (N, C·size, size): columns, rows
-    return pixels.to(torch.uint8).view(count, channels, size, size).mT.contiguous()
+    pixels = images.flatten(1, 2).float() @ across.mT  # (N, C·H, size[1])
+    pixels = pixels.round_().view(count, channels, height, size[1]).mT.flatten(1, 2)  # rounded in between, as by Pillow
+    pixels = (pixels @ down.mT).round_().clamp_(0, 255)  # (N, C·size[1], size[0])
+    return pixels.to(torch.uint8).view(count, channels, *size[::-1]).mT.contiguous()
 
 
 def _triangles(start: Tensor, extent: Tensor, side: int, size: int) -> Tensor:
@@ -205,13 +212,32 @@ def _triangles(start: Tensor, extent: Tensor, side: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """For evaluation: the short side resized to `resize` times the set's size, then the middle square."""
+    """For evaluation: resized until it covers `resize` times the set's size, then the middle of that size.
+
+    Of a square that is: the short side resized, then the middle square.
+    """
 
     resize: float = 256 / 224
     count = 0
 
-    def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: int) -> Tensor:
-        """N images (C, H, W) uint8 of any sizes, uniforms (N, 0): (N, C, size, size) uint8."""
-        short = math.ceil(round(self.resize * size, 6))  # a quotient times its divisor may be a bit more
-        resized = [F.resize(image, [short], antialias=True) for image in images]
-        return torch.stack([F.center_crop(image, [size]) for image in resized])
+    def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: ImageSize) -> Tensor:
+        """N images (C, H, W) uint8 of any sizes, uniforms (N, 0): (N, C, H, W) uint8."""
+        covered = self.covered(size)
+        resized = [F.resize(image, covering(image.shape[1:], covered), antialias=True) for image in images]
+        return torch.stack([F.center_crop(image, sides(size)) for image in resized])
+
+    def covered(self, size: ImageSize) -> tuple[int, int]:
+        """Height and width, px, that an image covers once it is resized."""
+        # a quotient times its divisor may be a bit more
+        height, width = (math.ceil(round(self.resize * side, 6)) for side in sides(size))
+        return height, width
+
+
+def covering(image: Sequence[int], wanted: tuple[int, int]) -> list[int]:
+    """The smallest height and width to which an image (height, width) can be resized so that it covers `wanted`.
+
+    Its shape stays; as in torchvision, the side that is longer than wanted is rounded down.
+    """
+    (height, width), (high, wide) = image, wanted
+    length, own = (high, height) if height * wide <= width * high else (wide, width)
+    return [int(length * side / own) for side in image]

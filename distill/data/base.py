@@ -17,7 +17,7 @@ from distill.data.draws import draws
 from distill.data.files import Encoded, check
 from distill.data.pack import Packed, pack, read_small
 from distill.errors import UsageError, UserError
-from distill.types import Batch
+from distill.types import Batch, ImageSize, checked_size, in_px, sides
 
 
 @dataclass(eq=False)
@@ -27,16 +27,16 @@ class Split(Dataset):
     Args:
         images: (N, 3, H, W) uint8; or encoded, or packed, at a larger size.
         labels: (N,) int64.
-        image_size: side of the square images of a batch.
-        transform: `transform(images, uniforms, size) -> (N, 3, size, size) uint8`, needing `transform.count`
-            uniforms an image (distill/data/augment.py), in training a Chain; None: the images as they are.
+        image_size: px, of the images of a batch: the side of squares, or (height, width).
+        transform: `transform(images, uniforms, image_size) -> (N, 3, H, W) uint8`, needing `transform.count` uniforms
+            an image (distill/data/augment.py), in training a Chain; None: the images as they are.
         training: report rows and views, and let the view decide the uniforms; otherwise index -1, view 0.
         seed: of the views.
     """
 
     images: Tensor | Encoded | Packed
     labels: Tensor
-    image_size: int
+    image_size: ImageSize
     transform: Callable | None = None
     training: bool = False
     seed: int = 0
@@ -45,7 +45,7 @@ class Split(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: tuple[Sequence[int], Sequence[int]]) -> Batch:
-        """Rows and views, (N,) each: the batch, images (N, 3, image_size, image_size) float32 in [0, 1]."""
+        """Rows and views, (N,) each: the batch, images (N, 3, H, W) float32 in [0, 1]."""
         rows, views = (torch.as_tensor(part, dtype=torch.int64) for part in index)
         if not self.training:
             return Batch(self._seen(rows, views), self.labels[rows], torch.full_like(rows, -1), torch.zeros_like(views))
@@ -54,7 +54,7 @@ class Split(Dataset):
         return Batch(self._seen(rows, views), self.labels[rows], rows, views)
 
     def _seen(self, rows: Tensor, views: Tensor) -> Tensor:
-        """(N, 3, image_size, image_size) in [0, 1], not mixed."""
+        """(N, 3, H, W) in [0, 1], not mixed."""
         images = self.images[rows]
         if self.transform is not None:
             uniforms = draws(self.seed, rows, views, self.transform.count)
@@ -79,7 +79,7 @@ class Data:
     """An image set. Its training rows are 0 … n-1; validation is part of neither training nor test."""
 
     classes: list[str]
-    image_size: int
+    image_size: ImageSize
     train: Split
     val: Split
     test: Split
@@ -175,12 +175,12 @@ def from_arrays(
     """An image set in memory, from (images, labels) pairs.
 
     Args:
-        images: (N, 1 or 3, S, S) uint8; grey becomes three equal channels.
+        images: (N, 1 or 3, H, W) uint8; grey becomes three equal channels.
         labels: (N,) int64.
         augment: augmentations by name, in order (distill/data/augment.py).
         default: used where `augment` has none, mixes apart.
     """
-    size = train[0].shape[-1]
+    size = checked_size(tuple(train[0].shape[2:]))
 
     def split(pair: tuple[Tensor, Tensor], **training) -> Split:
         images, labels = pair
@@ -195,8 +195,8 @@ def from_encoded(
     images: Encoded,
     labels: Tensor,
     rows: Mapping[str, Tensor],
-    image_size: int | None,
-    pack_size: int | None,
+    image_size: ImageSize | None,
+    pack_size: ImageSize | None,
     store: str | None,
     augment: Mapping[str, Callable] | None,
     batch_size: int,
@@ -207,8 +207,8 @@ def from_encoded(
     Args:
         labels: (N,) int64, of all images.
         rows: of train, val and test, (n,) int64 each.
-        image_size: None: that of the images if all are equal squares of at most 64 px, otherwise 224.
-        pack_size: side of packed squares, from which views are cropped; None: images are not packed.
+        image_size: None: that of the images if all are equal and at most 64 px, otherwise 224.
+        pack_size: of packed images, from which views are cropped; None: images are not packed.
         store: folder of packs.
         num_workers: None: 2, and none for images in memory.
     """
@@ -223,20 +223,23 @@ def from_encoded(
         check(images, torch.cat([rows["val"], rows["test"]]), store)
     size, packed = image_size or 224, None
     if pack_size is not None:
-        if pack_size < size or store is None:
-            raise UsageError(f"data.pack={pack_size}: must be at least data.image_size ({size}), and needs data.store")
+        room = min(packed / side for packed, side in zip(sides(pack_size), sides(size), strict=True))
+        if room < 1 or store is None:
+            raise UsageError(
+                f"data.pack={pack_size}: must be at least data.image_size ({in_px(size)}), and needs data.store"
+            )
         packed = pack(images, pack_size, store)
     transform = chain(augment, RandomResizedCrop())
     if not getattr(transform.steps[0], "crops", False) and (packed is None or pack_size != size):
         raise UsageError(
-            f"augment: images larger than {size} px must be cropped first, by RandomResizedCrop: "
+            f"augment: images larger than {in_px(size)} must be cropped first, by RandomResizedCrop: "
             "'augment=[resized_crop,...]'"
         )
     splits = {
         split: images.select(part) if packed is None else Packed(packed, images.select(part), part)
         for split, part in rows.items()
     }
-    whole = CenterCrop() if packed is None else CenterCrop(min(CenterCrop.resize, pack_size / size))
+    whole = CenterCrop() if packed is None else CenterCrop(min(CenterCrop.resize, room))
     train = Split(splits["train"], labels[rows["train"]], size, transform, training=True)
     val, test = (Split(splits[split], labels[rows[split]], size, whole) for split in ("val", "test"))
     return Data(list(classes), size, train, val, test, batch_size, 2 if num_workers is None else num_workers)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UsageError
+from distill.types import ImageSize
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ColorJitter:
         if not all(0 <= strength <= 1 for strength in strengths):
             raise UsageError(f"ColorJitter: brightness, contrast and saturation must be in [0, 1], not {strengths}")
 
-    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, 3, H, W) uint8, uniforms (N, 3): a new (N, 3, H, W); `size` is not used."""
         changes = {brightness: self.brightness, contrast: self.contrast, saturation: self.saturation}
         for (change, strength), uniform in zip(changes.items(), uniforms.unbind(1), strict=True):

@@ -1,12 +1,13 @@
 """Made images whose classes can be learned: for tests and benchmarks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import interpolate
 
 from distill.data.base import Data, from_arrays
 from distill.errors import UsageError
+from distill.types import checked_size, sides
 
 
 def fake(
@@ -14,7 +15,7 @@ def fake(
     num_workers: int,
     num_classes: int = 10,
     train_size: int = 600,
-    image_size: int = 32,
+    image_size: int | Sequence[int] = 32,
     seed: int = 0,
     augment: Mapping[str, Callable] | None = None,
 ) -> Data:
@@ -23,20 +24,22 @@ def fake(
     Args:
         num_classes: at least 2; they are equally frequent.
         train_size: at least as many.
+        image_size: px: the side of squares, or [height, width].
         seed: patterns and noise are drawn from it.
     """
     if not 2 <= num_classes <= train_size:
         raise UsageError(
             f"data.num_classes must be from 2 to data.train_size, not {num_classes} with {train_size} images"
         )
+    space = sides(checked_size(image_size))
     sizes = [train_size, max(num_classes, train_size // 3), max(num_classes, train_size // 3)]
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.rand(num_classes, 3, 4, 4, generator=generator)
-    patterns = interpolate(patterns, size=(image_size, image_size), mode="bilinear")
+    patterns = interpolate(patterns, size=space, mode="bilinear")
     labels = torch.cat([torch.arange(size) % num_classes for size in sizes])
 
     def made(labels: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
+        noise = torch.randn(len(labels), 3, *space, generator=generator)
         return (patterns[labels] + 0.3 * noise).clamp(0, 1).mul(255).byte()
 
     images = torch.cat([made(part) for part in labels.split(1024)])  # so that memory grows by the images' own bytes

@@ -35,17 +35,17 @@ class ImageError(UserError):
 class Encoded:
     """Images as `images[rows] -> list of (3, H, W) uint8`, decoded when asked for.
 
-    JPEGs are decoded at a fraction of their resolution when that is still twice `image_size` or more.
+    JPEGs are decoded at a fraction of their resolution when that is still twice `largest` or more.
     """
 
     names: np.ndarray  # (N,), not a list: forked workers would copy it by counting references
-    image_size: int
+    largest: int  # px: the longer side of what is made of them
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, rows: Tensor) -> list[Tensor]:
-        return [tensor(self.decode(row, 2 * self.image_size)) for row in rows.tolist()]
+        return [tensor(self.decode(row, 2 * self.largest)) for row in rows.tolist()]
 
     def decode(self, row: int, draft: int | None = None) -> np.ndarray:
         """(H, W, 3) uint8, see `read`."""
@@ -68,8 +68,8 @@ class Encoded:
 class Files(Encoded):
     """Image files under `root`."""
 
-    def __init__(self, root: Path, names: Sequence[str], image_size: int):
-        self.root, self.names, self.image_size = root, np.array(names), image_size
+    def __init__(self, root: Path, names: Sequence[str], largest: int):
+        self.root, self.names, self.largest = root, np.array(names), largest
 
     def decode(self, row: int, draft: int | None = None) -> np.ndarray:
         return read(self.root / self.names[row], draft)
@@ -78,7 +78,7 @@ class Files(Encoded):
         header(self.root / self.names[row])
 
     def select(self, rows: Tensor) -> "Files":
-        return Files(self.root, self.names[rows.numpy()], self.image_size)
+        return Files(self.root, self.names[rows.numpy()], self.largest)
 
     def listing(self) -> bytes:
         return DECODED + b"".join(file_stamp(self.root / name, name) for name in self.names)
@@ -133,7 +133,7 @@ def check(images: Encoded, evaluated: Tensor, store: str | None) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(images.look, range(len(images)), chunksize=64):
             pass
-        for _ in pool.map(lambda row: images.decode(row, 2 * images.image_size).shape, evaluated.tolist()):
+        for _ in pool.map(lambda row: images.decode(row, 2 * images.largest).shape, evaluated.tolist()):
             pass
     if seen is not None:
         with suppress(OSError):  # a full disk: it is checked again

@@ -1,7 +1,7 @@
 """Your own images: a folder for each class, in one folder or in train/, val/ and test/."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import Files
 from distill.errors import UserError
 from distill.progress import say
+from distill.types import checked_size, sides
 
 _SPLITS = {  # in whatever case
     "train": ("train", "training"),
@@ -24,12 +25,12 @@ def imagefolder(
     root: str,
     batch_size: int,
     num_workers: int | None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     augment: Mapping[str, Callable] | None = None,
-    pack: int | None = None,
+    pack: int | Sequence[int] | None = None,
     store: str | None = None,
 ) -> Data:
     """Images of every mode as RGB; classes are the folders' names in order, and the same in every split.
@@ -43,17 +44,21 @@ def imagefolder(
     are decoded batch by batch, cropped at random in training and in the middle in evaluation.
 
     Args:
-        image_size: side of the squares that networks see; None: that of the images if all are equal squares
-            of at most 64 px, otherwise 224.
+        image_size: px, what networks see: the side of squares, or [height, width]; None: that of the images if all
+            are equal and at most 64 px, otherwise 224.
         val_fraction, test_fraction: of the folder that is cut.
-        pack: side of squares to which large images are resized and cropped once, so that no batch has to decode
-            them; what is outside of the middle square is never seen. None: they are decoded every time.
+        pack: px, as `image_size`: to which large images are resized and cropped once, so that no batch has to decode
+            them; what is outside of that middle part is never seen. None: they are decoded every time.
         store: folder that keeps decoded arrays for the next run; None: nothing is kept.
 
     Raises:
         UserError: the folder is missing, empty, unreadable or not laid out as said, a file is there twice, an image
             can't be read, or a class is too small to be cut.
     """
+    if image_size is not None:
+        image_size = checked_size(image_size)
+    if pack is not None:
+        pack = checked_size(pack, "data.pack")
     base = Path(root).expanduser().absolute()
     listed = {split: _class_files(folder, base) for split, folder in _split_folders(base).items()}
     classes = _same_classes(listed)
@@ -64,7 +69,7 @@ def imagefolder(
     rows = hold_out(labels, {"val": val_fraction, "test": test_fraction}, split_seed, classes)
     return from_encoded(
         classes,
-        Files(base, names, image_size or 224),
+        Files(base, names, max(sides(image_size or 224))),
         torch.cat(list(labels.values())),
         rows,
         image_size,

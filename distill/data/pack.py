@@ -22,16 +22,17 @@ from distill.data.augment import SMALL, CenterCrop
 from distill.data.files import Encoded, tensor
 from distill.files import atomic
 from distill.progress import say
+from distill.types import ImageSize, checked_size, in_px, sides
 
 _FORMAT = 1  # of what is packed: a change of how images are decoded or cropped packs anew
 _CHUNK = 256  # images decoded at once
 
 
 class Packed:
-    """Squares of a pack, as `packed[rows] -> (N, 3, size, size) uint8`.
+    """Images of a pack, as `packed[rows] -> (N, 3, H, W) uint8`.
 
     Args:
-        pixels: (M, 3, size, size), from `pack`; a copy sent to another process opens the file there.
+        pixels: (M, 3, H, W), from `pack`; a copy sent to another process opens the file there.
         source: of the pack's rows that belong here, for `listing`.
         rows: where these are in the pack, (N,) int64.
     """
@@ -46,7 +47,8 @@ class Packed:
         return torch.from_numpy(np.asarray(self.pixels[self.rows[rows.numpy()]]))
 
     def listing(self) -> bytes:
-        return self.source.listing() + f"packed at {self.pixels.shape[-1]}".encode()
+        size = checked_size(self.pixels.shape[2:])
+        return self.source.listing() + f"packed at {size}".encode()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "pixels": self.pixels.filename}
@@ -55,21 +57,21 @@ class Packed:
         self.__dict__ = {**state, "pixels": np.load(state["pixels"], mmap_mode="c")}
 
 
-def read_small(images: Encoded, size: int | None, store: str | None) -> Tensor | None:
-    """All images as one (N, 3, size, size) uint8 array; None where they do not suit one.
+def read_small(images: Encoded, size: ImageSize | None, store: str | None) -> Tensor | None:
+    """All images as one (N, 3, H, W) uint8 array; None where they do not suit one.
 
-    They suit if none has a side above 64 px and, without `size`, if all are squares of the same size.
+    They suit if none has a side above 64 px and, without `size`, if all are of the same size.
     With `size` they are resized and cropped to it where they differ.
 
     Args:
         store: folder in which the array is kept and found again; None: it is in memory only.
     """
     first = images.decode(0)
-    side = size or len(first)
-    if max(side, *first.shape) > SMALL:
+    space = sides(size or first.shape[:2])
+    if max(*space, *first.shape) > SMALL:
         return None
     if store is None:
-        pixels = _small(images, side, resize=size is not None)
+        pixels = _small(images, space, resize=size is not None)
         return None if pixels is None else torch.from_numpy(pixels)
     pixels = None
     path = _path(store, images, f"small {size}")
@@ -77,7 +79,7 @@ def read_small(images: Encoded, size: int | None, store: str | None) -> Tensor |
         with _lock(path):
             pixels = _open(path)
             if pixels is None:
-                pixels = _small(images, side, resize=size is not None)
+                pixels = _small(images, space, resize=size is not None)
                 if pixels is None:
                     return None
                 _write(path, pixels.shape, [pixels])
@@ -85,12 +87,12 @@ def read_small(images: Encoded, size: int | None, store: str | None) -> Tensor |
     except OSError as error:
         say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are kept in memory")
         if pixels is None:
-            pixels = _small(images, side, resize=size is not None)
+            pixels = _small(images, space, resize=size is not None)
     return None if pixels is None else torch.from_numpy(pixels)
 
 
-def pack(images: Encoded, size: int, store: str) -> np.memmap | None:
-    """The middle square of every image, its side resized to `size`: (N, 3, size, size) uint8, made once.
+def pack(images: Encoded, size: ImageSize, store: str) -> np.memmap | None:
+    """The largest middle part of every image of the shape of `size`, resized to it: (N, 3, H, W) uint8, made once.
 
     Returns:
         None where it can't be written: said, and the images are to be decoded as they are.
@@ -100,9 +102,9 @@ def pack(images: Encoded, size: int, store: str) -> np.memmap | None:
         with _lock(path):
             pixels = _open(path)
             if pixels is None:
-                shape = (len(images), 3, size, size)
-                say(f"packing {len(images):,} images at {size} px, {math.prod(shape) / 1e9:.2f} GB → {path}")
-                _write(path, shape, _squares(images, size))
+                shape = (len(images), 3, *sides(size))
+                say(f"packing {len(images):,} images at {in_px(size)}, {math.prod(shape) / 1e9:.2f} GB → {path}")
+                _write(path, shape, _middles(images, size))
                 pixels = _open(path)
             return pixels
     except OSError as error:
@@ -110,29 +112,29 @@ def pack(images: Encoded, size: int, store: str) -> np.memmap | None:
         return None
 
 
-def _small(images: Encoded, side: int, resize: bool) -> np.ndarray | None:
-    pixels = np.empty((len(images), 3, side, side), np.uint8)
+def _small(images: Encoded, space: tuple[int, int], resize: bool) -> np.ndarray | None:
+    pixels = np.empty((len(images), 3, *space), np.uint8)
     for row in range(len(images)):  # threads would be slower: so little of it is done outside Python's lock
         image = images.decode(row)
-        if image.shape == (side, side, 3):
+        if image.shape == (*space, 3):
             pixels[row] = image.transpose(2, 0, 1)
         elif resize and max(image.shape) <= SMALL:
-            pixels[row] = _square(image, side)
+            pixels[row] = _middle(image, space)
         else:
             return None
     return pixels
 
 
-def _squares(images: Encoded, size: int) -> Iterator[np.ndarray]:
-    """(n, 3, size, size) at a time, in order."""
-    decode: Callable[[int], np.ndarray] = lambda row: _square(images.decode(row, 2 * size), size)  # noqa: E731
+def _middles(images: Encoded, size: ImageSize) -> Iterator[np.ndarray]:
+    """(n, 3, H, W) at a time, in order."""
+    decode: Callable[[int], np.ndarray] = lambda row: _middle(images.decode(row, 2 * max(sides(size))), size)  # noqa: E731
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(images), _CHUNK):
             yield np.stack(list(pool.map(decode, range(start, min(start + _CHUNK, len(images))))))
 
 
-def _square(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) → (3, size, size)"""
+def _middle(image: np.ndarray, size: ImageSize) -> np.ndarray:
+    """(H, W, 3) → (3, *sides(size))"""
     return CenterCrop(resize=1.0)([tensor(image)], torch.empty(1, 0), size)[0].numpy()
 
 

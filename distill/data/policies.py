@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from distill.data import color
 from distill.errors import UsageError
+from distill.types import ImageSize
 
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 BLENDED = {
@@ -43,9 +44,10 @@ class RandAugment:
     def count(self) -> int:
         return 2 * self.ops
 
-    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, 3, H, W) uint8, uniforms (N, 2 · ops): a new (N, 3, H, W); `size` is not used."""
-        limits = {"shear": 0.3, "translate": 150 / 331 * images.shape[3], "rotate": 30, "blend": 0.9, "posterize": 4}
+        limits = {"shear": 0.3, "rotate": 30, "blend": 0.9, "posterize": 4}
+        limits |= {"translate_x": 150 / 331 * images.shape[3], "translate_y": 150 / 331 * images.shape[2]}
         levels = torch.full_like(uniforms[:, 0], self.magnitude / LEVELS)
         for pair in uniforms.split(2, dim=1):
             images = _apply(images, pair[:, 0], levels, pair[:, 1], limits)
@@ -58,9 +60,9 @@ class TrivialAugment:
 
     count = 3
 
-    def __call__(self, images: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, 3, H, W) uint8, uniforms (N, 3): a new (N, 3, H, W); `size` is not used."""
-        limits = {"shear": 0.99, "translate": 32, "rotate": 135, "blend": 0.99, "posterize": 6}
+        limits = {"shear": 0.99, "rotate": 135, "blend": 0.99, "posterize": 6, "translate_x": 32, "translate_y": 32}
         which, sign, level = uniforms.unbind(1)
         return _apply(images, which, (level * (LEVELS + 1)).floor() / LEVELS, sign, limits)
 
@@ -72,8 +74,8 @@ def _apply(images: Tensor, which: Tensor, levels: Tensor, signs: Tensor, limits:
         images: (N, 3, H, W) uint8.
         which, signs: (N,) uniforms that choose operation and direction.
         levels: (N,) in [0, 1], of the limits.
-        limits: shear (a tangent), translate (px), rotate (degrees), blend (a factor's distance from 1) and posterize
-            (bits dropped) at level 1.
+        limits: shear (a tangent), translate_x and translate_y (px), rotate (degrees), blend (a factor's distance from
+            1) and posterize (bits dropped) at level 1.
     """
     chosen = (which * len(OPERATIONS)).long()
     signed = torch.where(signs < 0.5, -levels, levels)
@@ -110,7 +112,7 @@ def _matrices(chosen: Tensor, signed: Tensor, limits: Mapping[str, float], heigh
         matrices[:, axis, 1 - axis] += tangents
         matrices[:, axis, 2] += tangents * (side / 2)
     for name, axis in (("translate_x", 0), ("translate_y", 1)):
-        matrices[:, axis, 2] -= (limits["translate"] * signed * is_op[name]).trunc()
+        matrices[:, axis, 2] -= (limits[name] * signed * is_op[name]).trunc()
     angles = (limits["rotate"] * signed * is_op["rotate"]).double() * (math.pi / 180)
     cosine, sine = angles.cos().float(), angles.sin().float()  # double before: the same bits at any place of a batch
     matrices[:, 0, 0] *= cosine

@@ -26,6 +26,7 @@ from distill.data.files import DECODED, Encoded, header, read
 from distill.errors import UsageError, UserError
 from distill.files import atomic, file_stamp
 from distill.progress import say
+from distill.types import checked_size, sides
 
 LONGEST = 10_000_000  # bytes of an image's description
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -38,12 +39,12 @@ def webdataset(
     val: str | None = None,
     test: str | None = None,
     classes: Sequence[str] | str | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     augment: Mapping[str, Callable] | None = None,
-    pack: int | None = None,
+    pack: int | Sequence[int] | None = None,
     store: str | None = None,
 ) -> Data:
     """Images in tar shards; what of val and test is not given is cut, and what is small is packed, as by `imagefolder`.
@@ -56,6 +57,10 @@ def webdataset(
     Raises:
         UserError: a shard is missing or unreadable, has no images, or an image without a label.
     """
+    if image_size is not None:
+        image_size = checked_size(image_size)
+    if pack is not None:
+        pack = checked_size(pack, "data.pack")
     patterns = {split: pattern for split, pattern in (("train", train), ("val", val), ("test", test)) if pattern}
     shards = {split: _shards(pattern) for split, pattern in patterns.items()}
     indices = {split: [_index(path, store) for path in found] for split, found in shards.items()}
@@ -74,7 +79,7 @@ def webdataset(
     every = torch.cat(list(labels.values()))
     names = _names(classes, int(every.max()))
     rows = hold_out(labels, {"val": val_fraction, "test": test_fraction}, split_seed, names)
-    images = Shards(paths, index, image_size or 224)
+    images = Shards(paths, index, max(sides(image_size or 224)))
     return from_encoded(names, images, every, rows, image_size, pack, store, augment, batch_size, num_workers)
 
 
@@ -84,10 +89,11 @@ class Shards(Encoded):
     Args:
         paths: of the tar files.
         index: (N,) arrays "names", "shards" (a number in `paths`), "offsets" and "sizes" in bytes.
+        largest: px, see `Encoded`.
     """
 
-    def __init__(self, paths: Sequence[Path], index: Mapping[str, np.ndarray], image_size: int):
-        self.paths, self.index, self.image_size = paths, dict(index), image_size
+    def __init__(self, paths: Sequence[Path], index: Mapping[str, np.ndarray], largest: int):
+        self.paths, self.index, self.largest = paths, dict(index), largest
         self.names = self.index["names"]
 
     def decode(self, row: int, draft: int | None = None) -> np.ndarray:
@@ -109,7 +115,7 @@ class Shards(Encoded):
         return io.BytesIO(encoded), f"{self.names[row]} of {path}"
 
     def select(self, rows: Tensor) -> "Shards":
-        return Shards(self.paths, {key: part[rows.numpy()] for key, part in self.index.items()}, self.image_size)
+        return Shards(self.paths, {key: part[rows.numpy()] for key, part in self.index.items()}, self.largest)
 
     def listing(self) -> bytes:
         places = zip(self.index["shards"].tolist(), self.names, self.index["sizes"], strict=True)

@@ -7,7 +7,6 @@ FLOW                                                      which quantization its
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,6 +84,12 @@ def reload(nets: Nets, reloaders: Mapping[str, Callable], folder: Path) -> dict[
 
 
 def preparation(data: Data) -> dict:
-    """{"short_side": to which an image is resized before its middle is cut out}, as the test images were."""
-    resize = getattr(data.test.transform, "resize", None)
-    return {} if resize is None else {"short_side": math.ceil(round(resize * data.image_size, 6))}
+    """How an image is resized before its middle is cut out, as the test images were.
+
+    {"short_side": px} for squares, else {"covered": [height, width]}: the smallest that covers them.
+    """
+    covered = getattr(data.test.transform, "covered", None)
+    if covered is None:
+        return {}
+    height, width = covered(data.image_size)
+    return {"short_side": height} if isinstance(data.image_size, int) else {"covered": [height, width]}

@@ -5,8 +5,8 @@
 
 From the deepest stage to the first, the student's map is fused with what came from the deeper stages by a learned
 attention over the two (ABF), and compared with the teacher's map at several resolutions (HCL). Levels as large as
-the map or larger are left out, so the weights move up, as in the released code. As there, the teacher's maps are
-those before the activation, the student's those after it, and the pooled vector is the last stage.
+the map's shorter side or larger are left out, so the weights move up, as in the released code. As there, the teacher's
+maps are those before the activation, the student's those after it, and the pooled vector is the last stage.
 
 Weights of the released scripts for CIFAR-100: 0.6 (ResNet-56 → 20, the default), 1 (110 → 32), 5 (32x4 → 8x4,
 WRN), 8 (32x4 → ShuffleNetV2); all warm up linearly over 20 epochs.
@@ -28,7 +28,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     """Scalar: mean squared difference of maps (N, C, H, W), averaged over resolutions."""
     total, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
     for level in LEVELS:
-        if level < student.shape[2]:
+        if level < min(student.shape[2:]):
             weight = weight / 2
             pooled = [F.adaptive_avg_pool2d(maps, level) for maps in (student, teacher)]
             total = total + weight * F.mse_loss(*pooled)

@@ -6,6 +6,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from distill.errors import UserError
 from distill.models.stem import SMALL
+from distill.types import ImageSize, square
 
 
 class DeiT(VisionTransformer):
@@ -39,7 +40,12 @@ class DeiT(VisionTransformer):
 
 
 def deit(
-    num_classes: int, image_size: int, width: int = 192, depth: int = 12, heads: int = 3, patch_size: int | None = None
+    num_classes: int,
+    image_size: ImageSize,
+    width: int = 192,
+    depth: int = 12,
+    heads: int = 3,
+    patch_size: int | None = None,
 ) -> DeiT:
     """A DeiT of `depth` blocks; the defaults are DeiT-Ti (5.9 million weights at 224 px).
 
@@ -50,8 +56,9 @@ def deit(
         patch_size: px; None: 16, and 4 up to 32 px, 8 up to 64 px.
 
     Raises:
-        UserError: patches that don't fill the image, heads that don't divide the width.
+        UserError: images that are not square, patches that don't fill the image, heads that don't divide the width.
     """
+    image_size = square(image_size, "deit")
     if patch_size is None:
         patch_size = 4 if image_size <= 32 else 8 if image_size <= SMALL else 16
     if image_size % patch_size:

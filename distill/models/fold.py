@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from distill.progress import say
+from distill.types import ImageSize, sides
 
 MERGES = ("fuse", "reparameterize", "switch_to_deploy")  # in timm's order (timm.utils.reparameterize_model)
 ALIKE = 1e-4  # of the largest logit: by how much merged branches may answer otherwise, in float32
@@ -28,8 +29,8 @@ def copied(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(value): value.detach().clone() for value in computed})
 
 
-def folded(net: nn.Module, image_size: int) -> nn.Module:
-    """`net` in eval mode with plain weights: images (N, 3, S, S) in [0, 1] to logits, answering as before.
+def folded(net: nn.Module, image_size: ImageSize) -> nn.Module:
+    """`net` in eval mode with plain weights: images (N, 3, H, W) in [0, 1] to logits, answering as before.
 
     - weight_norm, spectral_norm and pruning masks, as hooks or as parametrizations, become the weights they compute;
     - branches that the network offers to merge for deployment (RepVGG, MobileOne, FastViT, RepViT …) are merged, where
@@ -38,7 +39,7 @@ def folded(net: nn.Module, image_size: int) -> nn.Module:
 
     Args:
         net: changed in place, unless it is merged.
-        image_size: S, px, of images to compare on.
+        image_size: px, of images to compare on.
     """
     for module in [*net.modules()]:
         _fold_weights(module)
@@ -89,9 +90,9 @@ class Hooked(nn.Module):
         return output
 
 
-def _merged(net: nn.Module, image_size: int) -> nn.Module:
+def _merged(net: nn.Module, image_size: ImageSize) -> nn.Module:
     """A copy whose branches are merged; `net` itself where that fails or changes its answers."""
-    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, *sides(image_size), generator=torch.Generator().manual_seed(0))
     merged = copied(net)
     try:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import nn
 from distill.checkpoints import read_state
 from distill.errors import UserError
 from distill.models.taps import dry_run, heads, out_of_place
+from distill.types import ImageSize
 
 FACTOR = 2  # how much narrower the projector is than the teacher
 
@@ -32,7 +33,7 @@ def projector(channels: int, width: int) -> nn.Sequential:
 
 
 def simkd(
-    body: Callable[..., nn.Module], num_classes: int, image_size: int, width: int, weights: str | None = None
+    body: Callable[..., nn.Module], num_classes: int, image_size: ImageSize, width: int, weights: str | None = None
 ) -> nn.Module:
     """The network `body` with a projector before its last pooling ("POOL.project") and a classifier of `width` inputs.
 
@@ -63,7 +64,7 @@ def simkd(
     return net
 
 
-def _ends(net: nn.Module, image_size: int) -> tuple[str, str, int]:
+def _ends(net: nn.Module, image_size: ImageSize) -> tuple[str, str, int]:
     """The paths of classifier and last pooling, and the channels of the map between body and pooling."""
     head, kind = next(iter(heads(net, image_size)), ""), type(net).__name__
     pools = [path for path, module in net.named_modules() if isinstance(module, nn.AdaptiveAvgPool2d)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.models.answers import first_tensor, logits_of
+from distill.types import ImageSize, alike, in_px, sides
 
 COVERED = 0.75  # of a network's layers: the last stage must lie behind as many, and no more lie between two stages
 LOOKED_AT = 2  # images of a dry run: what answers with another number, such as Swin's windows, describes none of them
@@ -40,20 +41,20 @@ def out_of_place(net: nn.Module) -> nn.Module:
     return net
 
 
-def heads(net: nn.Module, image_size: int, channels: int = 3) -> list[str]:
+def heads(net: nn.Module, image_size: ImageSize, channels: int = 3) -> list[str]:
     """The paths of the classifying layers: those with a weight matrix from which the logits come through no other one.
 
     Found by running, so it does not matter how `net` names or orders its layers. Most have one; DeiT has two. None
     where the logits come from weights that no layer holds.
 
     Raises:
-        UserError: the network cannot take images (N, channels, image_size, image_size).
+        UserError: the network cannot take images (N, channels, H, W).
     """
     return look(net, image_size, channels).heads
 
 
-def infer_taps(net: nn.Module, image_size: int, channels: int = 3) -> dict[str, str]:
-    """Taps by one dry run of images (N, channels, image_size, image_size): "stage1" … "stage4" and "pooled".
+def infer_taps(net: nn.Module, image_size: ImageSize, channels: int = 3) -> dict[str, str]:
+    """Taps by one dry run of images (N, channels, H, W): "stage1" … "stage4" and "pooled".
 
     Stages are what timm's `feature_info` names, where there is one. Else, in a network of maps a stage is the outermost
     last module of a resolution; maps (N, H, W, C), such as Swin's, are marked ":nhwc". In one of a single resolution,
@@ -65,11 +66,11 @@ def infer_taps(net: nn.Module, image_size: int, channels: int = 3) -> dict[str, 
         UserError: the network cannot take such images.
     """
     seen = look(net, image_size, channels)
-    taps = {f"stage{number}": path for number, path in enumerate(_stages(net, seen.calls), 1)}
+    taps = {f"stage{number}": path for number, path in enumerate(_stages(net, seen.calls, sides(image_size)), 1)}
     return {**taps, "pooled": f"{seen.heads[0]}:in"} if seen.heads else taps
 
 
-def look(net: nn.Module, image_size: int, channels: int = 3) -> Seen:
+def look(net: nn.Module, image_size: ImageSize, channels: int = 3) -> Seen:
     """Run `net` and watch; nothing of it is changed.
 
     Raises:
@@ -106,20 +107,20 @@ def look(net: nn.Module, image_size: int, channels: int = 3) -> Seen:
 
 
 @torch.no_grad()
-def dry_run(net: nn.Module, image_size: int, channels: int = 3) -> Tensor:
+def dry_run(net: nn.Module, image_size: ImageSize, channels: int = 3) -> Tensor:
     """The logits (1, K) of one black image, in eval mode; the mode of every module is left as it was.
 
     Raises:
-        UserError: the network cannot take images (1, channels, image_size, image_size).
+        UserError: the network cannot take images (1, channels, H, W).
     """
     return _answer(net, image_size, channels, 1)
 
 
-def _answer(net: nn.Module, image_size: int, channels: int, images: int) -> Tensor:
+def _answer(net: nn.Module, image_size: ImageSize, channels: int, images: int) -> Tensor:
     training = {module: module.training for module in net.modules()}
     parameter = next(net.parameters(), torch.zeros(()))
     try:
-        return logits_of(net.eval()(parameter.new_zeros(images, channels, image_size, image_size)))
+        return logits_of(net.eval()(parameter.new_zeros(images, channels, *sides(image_size))))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         kind = "grey" if channels == 1 else "RGB"
@@ -129,7 +130,7 @@ def _answer(net: nn.Module, image_size: int, channels: int, images: int) -> Tens
                 ", or, where it takes grey images, give one mean and one std: student.mean=[0.5] student.std=[0.25]"
             )
         raise UserError(
-            f"{type(net).__name__} cannot take {kind} images of {image_size} px ({reason}): {way_out}"
+            f"{type(net).__name__} cannot take {kind} images of {in_px(image_size)} ({reason}): {way_out}"
         ) from error
     finally:
         for module, mode in training.items():
@@ -181,12 +182,14 @@ def _sources(logits: Tensor, made: dict) -> set[str]:
     return found
 
 
-def _stages(net: nn.Module, calls: list[Call]) -> list[str]:
-    described = _described_stages(net, calls)
+def _stages(net: nn.Module, calls: list[Call], image: tuple[int, int]) -> list[str]:
+    """`image`: height and width; so in what follows."""
+    described = _described_stages(net, calls, image)
     if described:
         return described
-    maps = [_map_stages(calls, layout) for layout in (_nchw, _nhwc)]
-    candidates = [*sorted(maps, key=len, reverse=True), _block_stages(net, calls)]  # sorted: a tie keeps the order
+    maps = [_map_stages(calls, layout, image) for layout in (_nchw, _nhwc)]
+    by_length = sorted(maps, key=len, reverse=True)  # a tie keeps the order
+    candidates = [*by_length, _block_stages(net, calls, image)]
     for found in candidates:
         if len(found) > 1 and _cover([call.depth for call, _ in found], calls[-1].depth):
             return [f"{call.path}{suffix}" for call, suffix in found]
@@ -198,14 +201,14 @@ def _cover(depths: list[int], whole: int) -> bool:
     return depths[-1] >= COVERED * whole and max(gaps) <= COVERED * whole and min(gaps) >= 0
 
 
-def _described_stages(net: nn.Module, calls: list[Call]) -> list[str]:
+def _described_stages(net: nn.Module, calls: list[Call], image: tuple[int, int]) -> list[str]:
     """By timm's `feature_info`, of which only modules that are called count."""
     info = getattr(net, "feature_info", None) or []
     last = {call.path: call for call in calls}
     wanted = dict.fromkeys(entry.get("module") for entry in getattr(info, "info", info) if isinstance(entry, dict))
     named = sorted((last[path] for path in wanted if path in last), key=lambda call: call.depth)
     suffix = ":nhwc" if getattr(net, "output_fmt", None) == "NHWC" else ""
-    sides = [_side(call.shape, _nhwc if suffix else _nchw) for call in named]
+    sides = [_side(call.shape, _nhwc if suffix else _nchw, image) for call in named]
     if len({*sides}) > 1:  # the last of every resolution
         stages = {side: call for side, call in zip(sides, named, strict=True) if side > 1}
         chosen = list(stages.values())[-4:]
@@ -215,25 +218,25 @@ def _described_stages(net: nn.Module, calls: list[Call]) -> list[str]:
     return found if len(found) > 1 else []
 
 
-def _nchw(shape: tuple[int, ...]) -> int:
-    """The side of a map (N, C, S, S), or 0."""
-    return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
+def _nchw(shape: tuple[int, ...], image: tuple[int, int]) -> int:
+    """The longer side of a map (N, C, H, W) of the image's shape, or 0."""
+    return max(shape[2:]) if len(shape) == 4 and alike(*shape[2:], image) else 0
 
 
-def _nhwc(shape: tuple[int, ...]) -> int:
-    """The side of a map (N, S, S, C), or 0."""
-    return shape[1] if len(shape) == 4 and shape[1] == shape[2] != shape[3] else 0
+def _nhwc(shape: tuple[int, ...], image: tuple[int, int]) -> int:
+    """The longer side of a map (N, H, W, C) of the image's shape, or 0."""
+    return max(shape[1:3]) if len(shape) == 4 and alike(*shape[1:3], image) and not alike(*shape[2:], image) else 0
 
 
-def _side(shape: tuple[int, ...], layout) -> int:
-    """The side of a map, or of the square of tokens (N, T, D), a class token left out; else 0."""
-    return math.isqrt(shape[1]) if len(shape) == 3 else layout(shape)
+def _side(shape: tuple[int, ...], layout, image: tuple[int, int]) -> int:
+    """The side of a map, or of the square of as many tokens (N, T, D), a class token left out; else 0."""
+    return math.isqrt(shape[1]) if len(shape) == 3 else layout(shape, image)
 
 
-def _map_stages(calls: list[Call], layout) -> list[tuple[Call, str]]:
+def _map_stages(calls: list[Call], layout, image: tuple[int, int]) -> list[tuple[Call, str]]:
     stages: dict[int, tuple[int, Call]] = {}  # side of the map: its last module, and when that finished
     for number, call in enumerate(calls):
-        side = layout(call.shape)
+        side = layout(call.shape, image)
         if side > 1 and (side not in stages or call.path.count(".") <= stages[side][1].path.count(".")):
             stages[side] = number, call
     chain = _longest_rise([stages[side] for side in sorted(stages, reverse=True)])
@@ -250,7 +253,7 @@ def _longest_rise(numbered: list[tuple[int, Call]]) -> list[tuple[int, Call]]:
     return max(chains, key=len, default=[])
 
 
-def _block_stages(net: nn.Module, calls: list[Call]) -> list[tuple[Call, str]]:
+def _block_stages(net: nn.Module, calls: list[Call], image: tuple[int, int]) -> list[tuple[Call, str]]:
     """The blocks are the largest group of siblings of one type that answer with tokens or maps of one shape."""
     siblings = {
         call: (call.path.rpartition(".")[0], type(net.get_submodule(call.path)), call.shape)
@@ -262,7 +265,7 @@ def _block_stages(net: nn.Module, calls: list[Call]) -> list[tuple[Call, str]]:
     counts = Counter(siblings.values())
     blocks_of = max(counts, key=lambda group: (counts[group], -group[0].count(".")))
     blocks = [call for call, group in siblings.items() if group == blocks_of]
-    suffix = ":nhwc" if _nhwc(blocks[0].shape) else ""
+    suffix = ":nhwc" if _nhwc(blocks[0].shape, image) else ""
     return [(call, suffix) for call in _quarters(blocks)]
 
 

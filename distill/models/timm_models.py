@@ -6,16 +6,17 @@ from torch import nn
 
 from distill.errors import UserError
 from distill.models.taps import dry_run, out_of_place
+from distill.types import ImageSize, in_px
 
 
-def classifier(name: str, num_classes: int, image_size: int, pretrained: bool = False) -> nn.Module:
-    """Images (N, 3, image_size, image_size) to logits (N, num_classes), as timm makes it.
+def classifier(name: str, num_classes: int, image_size: ImageSize, pretrained: bool = False) -> nn.Module:
+    """Images (N, 3, H, W) to logits (N, num_classes), as timm makes it.
 
     Args:
         name: as in timm.list_models(): resnet18, vit_tiny_patch16_224, efficientnet_lite0 …
         num_classes: K; timm gives pretrained weights a fresh head where K differs.
-        image_size: px, told to the networks that fix it (transformers); others take it as it comes and
-            keep their stem, so at 32 px the last map of many is one pixel.
+        image_size: px, (H, W) where they differ, told to the networks that fix it (transformers); others take it as it
+            comes and keep their stem, so at 32 px the last map of many is one pixel.
         pretrained: fetch timm's default weights of the name.
 
     Raises:
@@ -43,6 +44,6 @@ def classifier(name: str, num_classes: int, image_size: int, pretrained: bool = 
         ) from error
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"timm cannot make {name} for images of {image_size} px: {reason}") from error
+        raise UserError(f"timm cannot make {name} for images of {in_px(image_size)}: {reason}") from error
     dry_run(net, image_size)
     return out_of_place(net)

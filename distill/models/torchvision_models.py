@@ -16,18 +16,19 @@ from distill.checkpoints import at_positions
 from distill.errors import UserError
 from distill.models.stem import SMALL, for_small_images
 from distill.models.taps import dry_run, heads, out_of_place
+from distill.types import ImageSize, sides, square
 
 
-def classifier(name: str, num_classes: int, image_size: int, weights: str | None = None) -> nn.Module:
-    """Images (N, 3, image_size, image_size) to logits (N, num_classes).
+def classifier(name: str, num_classes: int, image_size: ImageSize, weights: str | None = None) -> nn.Module:
+    """Images (N, 3, H, W) to logits (N, num_classes).
 
     Args:
         name: as in torchvision.models.list_models(): resnet18, mobilenet_v2, vit_b_16 …
         num_classes: K; pretrained weights of another number of classes get a fresh head.
-        image_size: px. Up to 64 px the first layers keep the resolution (see distill.models.stem; VGG, which
-            has no such layers, and MaxViT, which fixes the size, stay as they are), and a ViT without weights
-            takes patches of 4 px (up to 32 px) or 8 px instead of its own. Above 64 px the positions of a ViT's
-            weights are interpolated.
+        image_size: px; (H, W) where they differ, which a ViT cannot take. Up to 64 px, the shorter side, the first
+            layers keep the resolution (see distill.models.stem; VGG, which has no such layers, and MaxViT, which
+            fixes the size, stay as they are), and a ViT without weights takes patches of 4 px (up to 32 px) or 8 px
+            instead of its own. Above 64 px the positions of a ViT's weights are interpolated.
         weights: None, "DEFAULT", or a name such as "IMAGENET1K_V1"; torchvision downloads and keeps the file.
 
     Raises:
@@ -42,6 +43,8 @@ def classifier(name: str, num_classes: int, image_size: int, weights: str | None
             "torchvision.models.list_models() names them all"
         )
     options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}  # one output, always
+    if name.startswith("vit_"):
+        square(image_size, name)
     if weights is not None:
         net = _pretrained(name, weights, image_size, options)
         _fit_heads(net, num_classes, image_size)
@@ -51,13 +54,13 @@ def classifier(name: str, num_classes: int, image_size: int, weights: str | None
         if options:
             options["init_weights"] = True  # the default, but it warns when left out
         net = get_model(name, weights=None, num_classes=num_classes, **options)
-    if image_size <= SMALL and not name.startswith(("vgg", "vit_", "maxvit")):
+    if min(sides(image_size)) <= SMALL and not name.startswith(("vgg", "vit_", "maxvit")):
         for_small_images(net)
     dry_run(net, image_size)
     return out_of_place(net)
 
 
-def _pretrained(name: str, weights: str, image_size: int, options: dict) -> nn.Module:
+def _pretrained(name: str, weights: str, image_size: ImageSize, options: dict) -> nn.Module:
     choices = get_model_weights(name).__members__
     entry = choices.get(weights.rpartition(".")[2])
     if entry is None:
@@ -88,7 +91,7 @@ def _resized(vit: nn.Module, name: str, image_size: int) -> nn.Module:
     return net
 
 
-def _fit_heads(net: nn.Module, num_classes: int, image_size: int) -> None:
+def _fit_heads(net: nn.Module, num_classes: int, image_size: ImageSize) -> None:
     for path in heads(net, image_size):
         old = net.get_submodule(path)
         if isinstance(old, nn.Linear) and old.out_features != num_classes:

@@ -7,6 +7,7 @@ Source: Simonyan and Zisserman, 2014 (arXiv:1409.1556), in the form of the CRD b
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.types import ImageSize, sides
 
 CONVOLUTIONS = {8: 1, 13: 2}  # depth: convolutions in each of the five blocks
 WIDTHS = (64, 128, 256, 512, 512)
@@ -44,14 +45,15 @@ def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def vgg(depth: int, num_classes: int, image_size: int) -> VGG:
-    """VGG-8 or VGG-13: (N, 3, H, W) to (N, num_classes). Above 32 px the last block but one halves too.
+def vgg(depth: int, num_classes: int, image_size: ImageSize) -> VGG:
+    """VGG-8 or VGG-13: (N, 3, H, W) to (N, num_classes). With sides above 32 px the last block but one halves too.
 
     Raises:
         UserError: another depth, or images of less than 8 px.
     """
     if depth not in CONVOLUTIONS:
         raise UserError(f"the CIFAR VGG has depth {' or '.join(map(str, CONVOLUTIONS))}, not {depth}")
-    if image_size < 8:
-        raise UserError(f"the CIFAR VGG needs images of at least 8 px, not {image_size}")
-    return VGG(CONVOLUTIONS[depth], num_classes, pools=3 if image_size <= 32 else 4)
+    side = min(sides(image_size))
+    if side < 8:
+        raise UserError(f"the CIFAR VGG needs images of at least 8 px, not {side}")
+    return VGG(CONVOLUTIONS[depth], num_classes, pools=3 if side <= 32 else 4)
