@@ -3,18 +3,20 @@
 python train.py teacher=resnet50 student=mobilenet
 """
 
-from distill import cli
+from distill.cli.command import command
 
 
-@cli.command
+@command
 def main(cfg):
-    from distill import build, compress, export, fit, report, run  # torch is imported from here on
+    from distill import compress, export
+    from distill.cli import build, roles
     from distill.compress.auto import exceeded
     from distill.errors import UserError
-    from distill.evaluate import evaluate
     from distill.export.deploy import write_readme
-    from distill.finetune import finetuner
     from distill.progress import leads, say
+    from distill.report import page, parity, tables
+    from distill.report.evaluate import evaluate
+    from distill.runs import run  # torch is imported from here on
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder
@@ -22,20 +24,20 @@ def main(cfg):
         data = build.data(cfg.data)
 
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
-        teacher = None if given and not job.does("teacher") else fit.teacher(cfg, data)
+        teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
         baseline = cfg.baseline and not given and job.does("distill", "report")
-        alone = fit.student_alone(cfg, data) if baseline else None
+        alone = roles.student_alone(cfg, data) if baseline else None
 
         if job.does("cache"):
-            fit.fill_cache(cfg, teacher, data)
+            roles.fill_cache(cfg, teacher, data)
         if job.does("distill") and job.distilled():
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):
-            student, epochs = fit.distil(cfg, teacher, data, folder, loggers)
+            student, epochs = roles.distil(cfg, teacher, data, folder, loggers)
             if leads():
                 job.save_student(student, epochs, data)
         elif given and not job.distilled() and leads():
-            job.save_student(*fit.given(cfg, data), data)
+            job.save_student(*roles.given(cfg, data), data)
 
         if not job.does("compress", "export", "report") or not leads():
             return
@@ -43,7 +45,7 @@ def main(cfg):
         exporters, failures = build.steps(cfg.export), []
         nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
         if cfg.compress and job.compresses():
-            finetune = finetuner(cfg, teacher, data, folder, job.identity())
+            finetune = roles.finetuning(cfg, teacher, data, folder, exporters, job.identity())
             steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
             small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
             nets["-".join(["student", *steps])] = small
@@ -70,14 +72,14 @@ def main(cfg):
             if "auto" in cfg.compress:
                 small = [file.path.name for name in nets if name != "student" for file in files[name]]
                 failures += exceeded(rows, small, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
-            rows, earlier = report.with_earlier(rows, folder)
-            report.write(rows, folder, job.context(data), failures + earlier)
+            rows, earlier = tables.with_earlier(rows, folder)
+            page.write(rows, folder, job.context(data), failures + earlier)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
-                report.log(logger, rows, folder)
-            say(report.table(rows))
-            for line in report.remarks(rows):
+                page.log(logger, rows, folder)
+            say(tables.table(rows))
+            for line in parity.remarks(rows):
                 say(f"remark: {line}")
             say(f"{folder}: report.md, report.json, report.png, export/")
         if failures:

@@ -3,12 +3,12 @@
     python -m benchmarks.accuracy teacher=resnet20 teacher.checkpoint=resnet20.safetensors student=resnet8 \
         data=imagefolder data.root=cifar10 --rows 2500 --json benchmarks/accuracy.json --plot docs/views.png
 
-"K views" trains through distill.fit with our defaults: K repeatable views of an image take turns over the epochs, the
-teacher's answers are cached, batch-wise augmentation, channels last, the precision of the machine. K = epochs is online
-distillation. The last K is run in float32, too. "plain loop" has nothing of ours but the networks and the images:
-torchvision's transforms for each image in a DataLoader, contiguous tensors, float32, the teacher asked in every step.
-Same losses, optimizer, schedule, epochs, initial weights by seed. After each epoch the validation images are scored, at
-the end the test images.
+"K views" trains through distill.training.fit with our defaults: K repeatable views of an image take turns over the
+epochs, the teacher's answers are cached, batch-wise augmentation, channels last, the precision of the machine. K =
+epochs is online distillation. The last K is run in float32, too. "plain loop" has nothing of ours but the networks and
+the images: torchvision's transforms for each image in a DataLoader, contiguous tensors, float32, the teacher asked in
+every step. Same losses, optimizer, schedule, epochs, initial weights by seed. After each epoch the validation images
+are scored, at the end the test images.
 
 Every (path, seed) is a process of its own with one thread; as many run at a time as there are cores.
 """
@@ -33,9 +33,12 @@ from torchvision.transforms import v2
 from benchmarks.data import SHIFTED, TO_FLOAT, PerSample
 from benchmarks.epochs import first, setting
 from benchmarks.paired import in_own_process, record
-from distill import build, fit
-from distill.measure import accuracy_on
-from distill.runs import curves
+from distill import types
+from distill.cli import roles
+from distill.networks.build import build_network
+from distill.runs.tables import curves
+from distill.runtimes.measure import accuracy_on
+from distill.training import fit
 
 PLAIN = "plain loop"
 FLOAT32 = " views, float32"
@@ -44,17 +47,17 @@ FLOAT32 = " views, float32"
 def fast(cfg, data, teacher, views: int) -> tuple[nn.Module, list[float]]:
     """The student and its validation accuracy after each epoch, by our fit."""
     cfg.cache.views, cfg.select = views, "last"
-    student = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    losses = {name: build.plain(cfg.loss[name]) for name in ("ce", "kd")}
+    student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    losses = {name: types.plain(cfg.loss[name]) for name in ("ce", "kd")}
     with tempfile.TemporaryDirectory() as folder:
-        fit.fit(cfg, student, teacher, losses, data, Path(folder), cfg.trainer.max_epochs, cfg.optimizer.lr)
+        fit.fit(student, teacher, losses, data, roles.recipe(cfg), Path(folder), roles.answers(cfg))
         scores = curves(folder)["val/accuracy"].tolist()
     return student.plain(), scores
 
 
 def plain(cfg, data, teacher) -> tuple[nn.Module, list[float]]:
     """The same by a loop of plain PyTorch."""
-    student = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed).plain().train()
+    student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed).plain().train()
     taught_by = teacher.network.plain()
     samples = PerSample(data.train.images, data.train.labels, v2.Compose([*SHIFTED, *TO_FLOAT]))
     loader = DataLoader(samples, data.batch_size, shuffle=True, drop_last=True)

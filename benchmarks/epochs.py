@@ -24,10 +24,14 @@ from pytorch_lightning import Callback
 from torch.nn import functional as F
 
 from benchmarks.paired import in_turns, ratio, record
-from distill import build, config, fit
+from distill import types
+from distill.cli import build, config, roles
 from distill.data.base import Data
-from distill.precision import precision
-from distill.teachers import Frozen
+from distill.files import CONF
+from distill.networks.build import build_network
+from distill.teachers.frozen import Frozen
+from distill.training import fit
+from distill.training.precision import precision
 
 
 class Stopwatch(Callback):
@@ -43,16 +47,17 @@ class Stopwatch(Callback):
 
 
 def ours(cfg: DictConfig, data: Data, teacher: Frozen | None, losses: tuple[str, ...], **cache) -> Callable[[], float]:
-    """An epoch through distill.fit."""
+    """An epoch through distill.training.fit."""
     cfg = cfg.copy()
     cfg.cache.update(cache)
-    network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    chosen = {name: build.plain(cfg.loss[name]) for name in losses}
+    network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    recipe, answers = roles.recipe(cfg).changed(epochs=1), roles.answers(cfg)
+    chosen = {name: types.plain(cfg.loss[name]) for name in losses}
 
     def epoch() -> float:
         watch = Stopwatch()
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-            fit.fit(cfg, network, teacher, chosen, data, Path(folder), 1, cfg.optimizer.lr, callbacks=[watch])
+            fit.fit(network, teacher, chosen, data, recipe, Path(folder), answers, callbacks=[watch])
         return watch.seconds
 
     return epoch
@@ -61,7 +66,7 @@ def ours(cfg: DictConfig, data: Data, teacher: Frozen | None, losses: tuple[str,
 def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[], float]:
     """The same student, optimizer, precision and memory format in ten lines."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build.network(cfg.student, data.num_classes, data.image_size, cfg.seed).to(device)
+    network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed).to(device)
     if teacher is not None:
         teacher.to(device)
     optimizer = torch.optim.SGD(network.parameters(), cfg.optimizer.lr, 0.9, weight_decay=5e-4, nesterov=True)
@@ -97,12 +102,12 @@ def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[],
 def setting(words: list[str], rows: int | None) -> tuple[DictConfig, Data, Frozen]:
     """Configuration, images (`rows` of training, a tenth as many of validation), and a teacher of fresh weights."""
     config.register(["train.py"])
-    with hydra.initialize_config_dir(config.PATH, version_base="1.3"):
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
         cfg = hydra.compose("train", ["name=benchmark", *words])
     data = build.data(cfg.data)
     if rows is not None:
         data = replace(data, train=first(data.train, rows), val=first(data.val, max(rows // 10, data.batch_size)))
-    return cfg, data, fit.frozen(cfg, build.network(cfg.teacher, data.num_classes, data.image_size, 1), data)
+    return cfg, data, roles.frozen(cfg, build_network(cfg.teacher, data.num_classes, data.image_size, 1), data)
 
 
 def first(split, rows: int):

@@ -25,17 +25,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.paired import record
-from distill import build, config
-from distill.checkpoints import save_weights
+from distill.cli import config
 from distill.data.base import Data
 from distill.data.fake import fake
 from distill.errors import UserError
-from distill.network import Network
-from distill.schedules import weight_at
-from distill.teachers import Frozen
+from distill.files import CONF
+from distill.losses.terms import build_losses
+from distill.losses.weight import weight_at
+from distill.networks.build import build_network
+from distill.networks.network import Network
+from distill.networks.weights import save_weights
+from distill.teachers.frozen import Frozen
+from distill.training.connect import connect
 from distill.types import Batch
 
-NAMES = sorted(file.stem for file in Path(config.PATH, "loss").glob("*.yaml"))
+NAMES = sorted(file.stem for file in Path(CONF, "loss").glob("*.yaml"))
 OTHER_STUDENTS = {"deit": ["student=deit_tiny"], "simkd": ["student=simkd", "student.weights={teacher}"]}
 ROWS, PATTERNS = 50_000, 500  # training rows, and how many different images they repeat
 
@@ -51,7 +55,7 @@ def made(rows: int = ROWS, classes: int = 100) -> Data:
 def compose(*words: str) -> DictConfig:
     """The configuration under these words, with every loss in it."""
     config.register(["train.py"])
-    with hydra.initialize_config_dir(config.PATH, version_base="1.3"):
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
         return hydra.compose("train", [f"loss=[{','.join(NAMES)}]", "name=none", *words])
 
 
@@ -66,10 +70,10 @@ class Step:
 
     def __init__(self, cfg: DictConfig, names: Sequence[str], student: Network, teacher: Frozen, data: Data):
         described = OmegaConf.to_container(cfg.loss, resolve=True)
-        self.terms, self.weights = build.losses({name: described[name] for name in dict.fromkeys(["ce", *names])})
+        self.terms, self.weights = build_losses({name: described[name] for name in dict.fromkeys(["ce", *names])})
         self.student = student
         self.teacher = teacher if any(term.needs_teacher for term in self.terms.values()) else None
-        build.connect(self.student, self.teacher, self.terms, data, cfg.seed)
+        connect(self.student, self.teacher, self.terms, data, cfg.seed)
         self.learned = nn.ModuleList([self.student, *self.terms.values()])
         parameters = [parameter for parameter in self.learned.parameters() if parameter.requires_grad]
         self.optimizer = instantiate(cfg.optimizer, lr=1e-4, _convert_="all")(parameters)
@@ -114,7 +118,7 @@ def held_bytes(loss: nn.Module) -> int:
 def networks(cfg: DictConfig, data: Data) -> tuple[Network, Frozen]:
     """Student and teacher with fresh weights."""
     student, teacher = (
-        build.network(part, data.num_classes, data.image_size, 0) for part in (cfg.student, cfg.teacher)
+        build_network(part, data.num_classes, data.image_size, 0) for part in (cfg.student, cfg.teacher)
     )
     return student, Frozen(teacher)
 

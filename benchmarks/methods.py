@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.losses import NAMES, ROWS, Step, connected, made
 from distill import losses
 from distill.losses.base import Loss
-from distill.schedules import weight_at
+from distill.losses.weight import weight_at
 from distill.types import Batch, Outputs
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"

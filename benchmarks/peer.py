@@ -21,9 +21,10 @@ from torchvision.transforms import v2
 
 from benchmarks.epochs import ours, setting
 from benchmarks.paired import in_turns, ratio, record
-from distill import build, fit
+from distill.cli import roles
 from distill.data.base import Data
-from distill.precision import on_cpu
+from distill.networks.build import build_network
+from distill.training.precision import on_cpu
 
 PER_SAMPLE = v2.Compose(
     [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -59,7 +60,7 @@ class Plain(torch.nn.Module):
 def peer(cfg, data: Data, samples: Samples, channels_last=False, half=False, our_images=False) -> Callable[[], float]:
     """An epoch of torchdistill's DistillationBox."""
     networks = [
-        Plain(build.network(part, data.num_classes, data.image_size, 0), channels_last)
+        Plain(build_network(part, data.num_classes, data.image_size, 0), channels_last)
         for part in (cfg.teacher, cfg.student)
     ]
     criterion = {
@@ -140,7 +141,7 @@ def main() -> None:
         }
         if on_cpu(cfg.trainer.accelerator):
             cfg.teacher.precision = "int8"
-            in_int8 = fit.frozen(cfg, teacher.network, data)
+            in_int8 = roles.frozen(cfg, teacher.network, data)
             contenders["ours, online, int8 teacher"] = ours(cfg, data, in_int8, ("ce", "kd"), keep="off")
         found = in_turns(contenders, options.rounds)
     steps = len(data.train) // data.batch_size * data.batch_size

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 
+PACKAGE = Path(__file__).parent
+CONF = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf")  # this package's configuration
 MOST = 1_000_000  # bytes of a record of ours (run.json, config.yaml, fit.json); they have a few thousand
 
 
@@ -97,3 +100,42 @@ def _object(path: Path, most: int, parse, kind: str) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged, or not one of ours ({kind} of a {type(found).__name__})")
     return found
+
+
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(text: str | int, option: str) -> int:
+    """ "20GB" → 20 000 000 000; a plain number is bytes.
+
+    Raises:
+        UsageError: neither.
+    """
+    number, unit = str(text).strip(), 1
+    for name, factor in UNITS.items():
+        if number.lower().endswith(name.lower()):
+            number, unit = number[: -len(name)], factor
+    try:
+        return int(float(number) * unit)
+    except (ValueError, OverflowError):
+        raise UsageError(f"{option}={text}: expected bytes or a size such as 500MB or 20GB") from None
+
+
+def human(size: int) -> str:
+    """Bytes in the largest unit that leaves at least one of it."""
+    for name, factor in reversed(UNITS.items()):
+        if size >= factor:
+            return f"{size / factor:.1f} {name}"
+    return f"{size} bytes"
+
+
+def config_dirs(argv: list[str] | None = None) -> list[str]:
+    """The folders of the user's own configuration that the command line names."""
+    argv = sys.argv if argv is None else argv
+    folders = []
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(value)
+        elif flag.startswith("--config-dir="):
+            folders.append(flag.partition("=")[2])
+    return folders

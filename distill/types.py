@@ -1,9 +1,11 @@
 """What flows through the toolkit: a batch of images in, a network's outputs out."""
 
+import copy
 import math
 from typing import NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from distill.errors import UsageError, UserError
@@ -96,3 +98,8 @@ class Outputs(NamedTuple):
 
     def detach(self) -> "Outputs":
         return Outputs(self.logits.detach(), {name: value.detach() for name, value in self.features.items()})
+
+
+def plain(cfg):
+    """A copy of a part of the configuration in plain Python, interpolations resolved; other values just copied."""
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(cfg)

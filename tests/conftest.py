@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wa
     os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 import torch
 
-from distill import cli
+from distill.cli import command
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # train.py
@@ -30,7 +30,7 @@ def train():
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(sys, "argv", ["train.py", *words])
-            patch.setattr(cli, "TRACEBACK", False)
+            patch.setattr(command, "TRACEBACK", False)
             patch.setenv("HYDRA_FULL_ERROR", "0")  # main() sets it; put back at the end
             try:
                 program.main()

@@ -15,7 +15,6 @@ from torchvision.transforms.v2 import functional as F
 
 import distill
 from benchmarks.losses import NAMES, OTHER_STUDENTS, Step, compose, networks
-from distill.checkpoints import load_weights, save_weights
 from distill.data import policies
 from distill.data.augment import CenterCrop, Chain, Cutout, RandomResizedCrop, ShiftFlip, covering
 from distill.data.color import ColorJitter
@@ -25,10 +24,11 @@ from distill.data.mix import CutMix, Mixup
 from distill.data.policies import LEVELS, OPERATIONS, RandAugment, TrivialAugment
 from distill.data.webdataset import webdataset
 from distill.errors import UsageError, UserError
-from distill.models import deit, timm_models, torchvision_models
-from distill.models.taps import infer_taps
-from distill.network import Network
-from distill.run import read_description
+from distill.networks import deit, timm_models, torchvision_models
+from distill.networks.network import Network
+from distill.networks.taps import infer_taps
+from distill.networks.weights import load_weights, save_weights
+from distill.runs.student import read_description
 from distill.types import alike, checked_size, grid, in_px, sides
 
 SIZE = (16, 24)

@@ -11,10 +11,10 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 import distill
-from distill import run, runs
 from distill.data.digits import digits
 from distill.errors import UserError
 from distill.export.torchscript import read_metadata
+from distill.runs import run, student, tables
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_figures_are_those_of_the_files(folder, rows):
 
 
 def test_the_learning_rate_followed_the_schedule(folder):
-    curves = runs.curves(folder)
+    curves = tables.curves(folder)
     assert curves["epoch"].tolist() == list(range(1, 9))
     expected = [0.05 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 8)).item()) for epoch in range(1, 9)]
     assert curves["lr"].tolist() == pytest.approx(expected, abs=1e-6)
@@ -148,7 +148,7 @@ def test_weights_one_has_are_compressed_and_measured_without_training(train, fol
 
 def test_weights_that_answer_at_chance_or_for_other_classes_are_refused_at_once(train, folder, tmp_path, capfd):
     cwd = folder.parent.parent
-    state = run.rebuild(folder / "student.safetensors").net.state_dict()
+    state = student.rebuild(folder / "student.safetensors").net.state_dict()
     for name, value, said in (("chance", torch.zeros_like, "which is chance"), ("fewer", lambda w: w[:7], "head")):
         heads = {key: value(state[key]) for key in ("linear.weight", "linear.bias")}
         torch.save(state | heads, tmp_path / f"{name}.pt")
@@ -210,7 +210,7 @@ def test_load_student_refuses_what_it_would_have_to_trust(folder, tmp_path):
     with pytest.raises(UserError, match="does not say which network"):
         distill.load_student(tmp_path / "bare.safetensors")
     run = {"_target_": "os.mkdir", "path": str(tmp_path / "ran")}
-    for network in (run, {"_target_": "distill.models.resnet_cifar.resnet", "depth": run, "widths": [{"a": [run]}]}):
+    for network in (run, {"_target_": "distill.networks.resnet_cifar.resnet", "depth": run, "widths": [{"a": [run]}]}):
         meta = {
             "network": json.dumps({"taps": {}, "mean": [0], "std": [1], **network}),
             "classes": '["a"]',
@@ -227,7 +227,7 @@ def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd
     words = [word for word in words if word not in ("student=resnet8_tiny", "trainer.max_epochs=2")]
     code = train(*words, cwd=tmp_path)
     told = capfd.readouterr()
-    table = runs.summary(tmp_path / "outputs" / "sweeps")
+    table = tables.summary(tmp_path / "outputs" / "sweeps")
     assert len(table) == 4
     assert table["run"].tolist() == ["0", "1", "2", "3"]
     assert sorted(table["student"]) == ["resnet8", "resnet8", "resnet8_tiny", "resnet8_tiny"]
@@ -240,6 +240,6 @@ def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd
     # the teacher was fitted once for all of them
     assert told.out.count("teacher: fitting") == 1
     assert len(list((tmp_path / "outputs" / "fits").glob("teacher-*"))) == 1
-    models = runs.models(tmp_path / "outputs")
+    models = tables.models(tmp_path / "outputs")
     assert isinstance(models, pd.DataFrame)
     assert set(models["name"]) >= {"teacher", "student alone", "student", "student.pt", "student-dynamic_int8.ptl"}

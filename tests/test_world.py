@@ -13,9 +13,12 @@ import torch
 from conftest import ROOT
 from test_options import TINY
 
-from distill import cli, files, keep, run
+from distill import files
+from distill.cli import command
 from distill.errors import UserError
-from distill.keep import AtomicCheckpoints
+from distill.runs import run
+from distill.training import resume
+from distill.training.resume import AtomicCheckpoints
 
 
 def started(cwd, *words, **options) -> subprocess.CompletedProcess:
@@ -63,7 +66,7 @@ def test_torchs_own_error_on_a_full_disk_says_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(UserError, match=r"last\.ckpt cannot be written \(is the disk full"):
         AtomicCheckpoints().save_checkpoint({"a": 2}, tmp_path / "last.ckpt")
-    assert keep.read(tmp_path / "last.ckpt") == {"a": 1}
+    assert resume.read(tmp_path / "last.ckpt") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -95,11 +98,11 @@ def test_memory_that_runs_out_is_one_line(exhaust, capsys):
     try:
         exhaust()
     except Exception as error:
-        assert cli._tell(error) == 1
+        assert command._tell(error) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: memory has run out") and "data.batch_size" in told and "enforce fail" not in told
 
 
 def test_a_worker_that_was_killed_is_one_line(capsys):
-    cli._tell(RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "))
+    command._tell(RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "))
     assert "lower data.num_workers" in capsys.readouterr().err

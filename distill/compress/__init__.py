@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from distill.compress.coverage import describe
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.export.graph import place, reason
 from distill.progress import say
+from distill.runtimes.coverage import describe
+from distill.runtimes.graph import place, reason
 
 
 def compress(
@@ -47,8 +47,8 @@ def chain(
         steps: by name, in order.
         net: plain: images (N, C, H, W) in [0, 1] to logits (N, K), float32 on the CPU, eval mode.
         data: steps calibrate on its training images.
-        finetune: `finetune(net, name, epochs=…, lr=…, on_epoch=None) -> nn.Module`, see distill/finetune.py; None:
-            steps that train are refused.
+        finetune: `finetune(net, name, epochs=…, lr=…, on_epoch=None) -> nn.Module`, see distill/training/finetune.py;
+            None: steps that train are refused.
         flow: for which runtime a step quantizes where that makes a difference, see distill/compress/flows.py.
 
     Raises:

@@ -26,15 +26,14 @@ from distill.compress.tuning import tuning
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.export.artifact import Artifact
-from distill.export.graph import reason
-from distill.export.serve import serve
-from distill.files import atomic, content_key
-from distill.measure import accuracy_on, latency
+from distill.files import atomic, content_key, parse_bytes
+from distill.networks.sources import describe
+from distill.networks.weights import content_hash
 from distill.progress import say
-from distill.sizes import parse_bytes
-from distill.sources import describe
-from distill.teachers import content_hash
+from distill.runtimes.artifact import Artifact
+from distill.runtimes.graph import reason
+from distill.runtimes.measure import accuracy_on, latency
+from distill.runtimes.serve import serve
 
 RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # where no run says what it exports
 QUANTIZERS = {
@@ -81,7 +80,7 @@ def auto(
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K); untouched.
-        finetune: trains candidates, see distill/finetune.py. Where it has a `folder`, the choice is kept in
+        finetune: trains candidates, see distill/training/finetune.py. Where it has a `folder`, the choice is kept in
             folder/compress/auto-FLOW.json, and taken from there for the same weights, images and options; where it has
             `ship`, that writes the files that are measured, else the exporter of RUNTIMES does.
         data: training images calibrate, validation images decide.

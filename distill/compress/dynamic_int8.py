@@ -13,64 +13,18 @@
   and dequantized in the graph: the file is smaller, the arithmetic stays float.
 """
 
-import copy
 import warnings
-from collections import Counter
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
+from torch import nn
 
 from distill.compress import flows
 from distill.compress.calibrate import noise
-from distill.compress.layers import exchange, without_fast_paths
+from distill.compress.layers import exchange
 from distill.errors import UserError
+from distill.networks.fold import fold_batch_norm
+from distill.runtimes.int8_layers import Int8Conv2d
 
 CONV = ("weight_only", "float")
-
-
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """q and s of a weight (O, …): int8 of the same shape, and (O, 1, …) float."""
-    scale = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / 127
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a channel of zeros; NaN stays NaN
-    return (weight / scale).round().to(torch.int8), scale
-
-
-class Int8Conv2d(nn.Module):
-    """A zero-padded Conv2d whose weight is an int8 buffer (O, I/groups, kh, kw) and a scale (O, 1, 1, 1)."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        weight, scale = rounded(conv.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
-        self.stride, self.padding = conv.stride, conv.padding
-        self.dilation, self.groups = conv.dilation, conv.groups
-
-    def dequantized(self) -> Tensor:
-        return self.weight * self.scale
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images, self.dequantized(), self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """A copy in eval mode whose BatchNorms are folded into their convolutions, where torch.fx can follow it.
-
-    int8 weights must not be frozen, so TorchScript would not fold them later. With one scale per channel,
-    folding leaves the int8 numbers as they are.
-    """
-    net = without_fast_paths(copy.deepcopy(net).eval())
-    try:
-        traced = fx.symbolic_trace(net)
-    except Exception:  # whatever its forward raises on a symbolic value: control flow that depends on tensors
-        return net
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    if any(calls[name] > 1 for name, layer in traced.named_modules() if isinstance(layer, nn.Conv2d)):
-        return net  # a convolution that is called twice cannot absorb two BatchNorms
-    return fuse(net)
 
 
 def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, conv: str = "weight_only") -> nn.Module:

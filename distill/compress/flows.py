@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from distill.errors import UsageError, UserError
-from distill.export.graph import module_of, place, quiet
+from distill.runtimes.graph import CONV, LINEAR, module_of, place, quiet
 
 FLOWS = ("fx", "xnnpack", "onnx")
 OBSERVERS = ("histogram", "minmax", "moving_average")
@@ -35,7 +35,6 @@ SLICE = torch.ops.aten.slice.Tensor
 CONVOLUTIONS = tuple(
     getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
 )
-LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
 
 
 class Captured(nn.Module):

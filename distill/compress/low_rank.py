@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.compress.calibrate import noise
-from distill.compress.layers import called, without_fast_paths
+from distill.compress.layers import called
 from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
-from distill.measure import parameters
+from distill.networks.fold import without_fast_paths
 from distill.progress import say
+from distill.runtimes.measure import parameters
 
 
 def low_rank(
@@ -34,7 +35,7 @@ def low_rank(
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
-        finetune: trains it, see distill/finetune.py; not needed with epochs=0.
+        finetune: trains it, see distill/training/finetune.py; not needed with epochs=0.
         data: gives the size of the images, with which is found what the network calls; without it, all layers are.
         flow: part of every compression step's signature; not needed here.
         energy: the share of a weight's squared norm, in (0, 1), that its factors keep.

@@ -15,13 +15,13 @@ import torch_pruning
 from torch import Tensor, nn
 
 from distill.compress.calibrate import noise
-from distill.compress.layers import without_fast_paths
 from distill.compress.tuning import tuning
 from distill.errors import UsageError, UserError
-from distill.export.graph import reason
-from distill.measure import macs as count_macs
-from distill.measure import parameters
+from distill.networks.fold import without_fast_paths
 from distill.progress import say
+from distill.runtimes.graph import reason
+from distill.runtimes.measure import macs as count_macs
+from distill.runtimes.measure import parameters
 
 MOST = 0.9  # of a layer's channels: none is cut off entirely
 TRIES = 8  # bisections of the ratio for a budget of MACs
@@ -47,7 +47,7 @@ def prune(
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
-        finetune: trains it, see distill/finetune.py; not needed with epochs=0.
+        finetune: trains it, see distill/training/finetune.py; not needed with epochs=0.
         data: gives the size of the images.
         flow: part of every compression step's signature; not needed here.
         ratio: the share of channels to remove where channels can be removed, in (0, 1).

@@ -30,7 +30,7 @@ def qat_int8(
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K); untouched.
-        finetune: trains it, see distill/finetune.py.
+        finetune: trains it, see distill/training/finetune.py.
         data: whose training images calibrate the start.
         epochs, lr: of the fine-tuning; about a hundredth of the training's learning rate.
         freeze: the share of the epochs, in [0, 1], after which ranges and statistics stay as they are.

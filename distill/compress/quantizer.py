@@ -4,7 +4,7 @@ from torch import fx
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationConfig, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from distill.compress.flows import LINEAR
+from distill.runtimes.graph import LINEAR
 
 
 class Dynamic(Quantizer):

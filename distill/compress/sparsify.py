@@ -46,7 +46,7 @@ def sparsify(
 
     Args:
         net: float32 on the CPU, images (N, C, H, W) to logits (N, K).
-        finetune: trains it, see distill/finetune.py; not needed with epochs=0.
+        finetune: trains it, see distill/training/finetune.py; not needed with epochs=0.
         data, flow: part of every compression step's signature; not needed here.
         sparsity: in (0, 1), over all layers together.
         rounds: of masking and fine-tuning.

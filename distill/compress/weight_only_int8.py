@@ -1,26 +1,12 @@
 """Weight-only int8: Linear and Conv2d are stored in int8, one scale an output channel; the arithmetic stays float."""
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from distill.compress.calibrate import noise
-from distill.compress.dynamic_int8 import Int8Conv2d, fold_batch_norm, rounded
 from distill.compress.flows import paths
 from distill.compress.layers import exchange
-
-
-class Int8Linear(nn.Module):
-    """A Linear whose weight is an int8 buffer (O, I) and a scale (O, 1)."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight, scale = rounded(linear.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.scale, self.bias)
+from distill.networks.fold import fold_batch_norm
+from distill.runtimes.int8_layers import Int8Conv2d, Int8Linear
 
 
 def weight_only_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, skip: list[str] = ()) -> nn.Module:

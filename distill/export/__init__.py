@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distill.errors import UserError
-from distill.export.artifact import Artifact
+from distill.runtimes.artifact import Artifact
 
 if TYPE_CHECKING:  # a file's own process (serve.py) loads nothing of the data
     from distill.data.base import Data

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.base import Data
-from distill.export.artifact import write
+from distill.runtimes.artifact import write
 from distill.types import sides
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from distill.errors import UserError
-from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, publish
+from distill.runtimes import graph
+from distill.runtimes.artifact import Artifact, Model, describe, publish
 
 FLOW = "xnnpack"
 MOST = 8
@@ -40,7 +40,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     except ImportError as error:
         raise _missing() from error
-    from distill.compress.coverage import stored  # not what a file's own process loads
+    from distill.runtimes.coverage import stored  # not what a file's own process loads
 
     if "weight-only int8" in stored(net):
         raise UserError(

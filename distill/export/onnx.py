@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import UsageError, UserError
-from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, publish
+from distill.runtimes import graph
+from distill.runtimes.artifact import Artifact, Model, describe, publish
 
 FLOW = "onnx"
 OPSETS = range(18, 24)  # what torch.onnx writes; ONNX Runtime reads the newest from 1.22 on

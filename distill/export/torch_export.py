@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
-from distill.export import graph
-from distill.export.artifact import Artifact, Model, describe, publish, read_zipped
 from distill.export.pt2 import sanitized
+from distill.runtimes import graph
+from distill.runtimes.artifact import Artifact, Model, describe, publish, read_zipped
 
 FLOW = "xnnpack"
 METADATA = "metadata.json"

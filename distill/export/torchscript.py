@@ -17,7 +17,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
 from distill.errors import UserError
-from distill.export.artifact import MOST, Artifact, Model, describe, publish, read_zipped
+from distill.runtimes.artifact import MOST, Artifact, Model, describe, publish, read_zipped
 
 FLOW = "fx"
 METADATA = "metadata.json"
@@ -35,7 +35,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     Raises:
         UserError: `net` cannot be traced, or a file cannot be written.
     """
-    from distill.compress.coverage import stored  # not what a file's own process loads
+    from distill.runtimes.coverage import stored  # not what a file's own process loads
 
     stem = Path(stem)
     extra = {METADATA: json.dumps(describe(example, metadata), ensure_ascii=False)}

@@ -2,7 +2,7 @@
 
     L = mean (P(s) - t)²
 
-The student is distill.models.simkd: it keeps the teacher's classifier, frozen, behind a learned projector P of its
+The student is distill.networks.simkd: it keeps the teacher's classifier, frozen, behind a learned projector P of its
 last map, and all of that ships. This loss, weight 1, is all that is trained: no labels ('loss=[simkd]'). The mean
 stands for the paper's squared norm, as in the released code; the larger of the two maps is pooled (there a larger
 student's map is pooled before P).

@@ -1,0 +1,53 @@
+"""From configuration to objects: the only file, with train.py and fit.py, that reads `cfg`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig
+
+from distill.data.base import Data
+from distill.progress import leads, say
+from distill.types import in_px, plain
+
+
+def data(cfg: DictConfig) -> Data:
+    """The image set that a conf/data file describes."""
+    found = instantiate(cfg, _convert_="all")
+    say(
+        f"data: {cfg._target_.rpartition('.')[2]}, {len(found.train):,} training, {len(found.val):,} validation and "
+        f"{len(found.test):,} test images, {found.num_classes} classes, {in_px(found.image_size)}"
+    )
+    return found
+
+
+def steps(cfg: DictConfig) -> dict[str, Callable]:
+    """Compression steps or exporters by name, in the order given."""
+    return {name: instantiate(options, _convert_="all") for name, options in cfg.items()}
+
+
+def tolerance(cfg: DictConfig) -> dict:
+    """What the files' answers may differ by. With compress=auto the budget says how much accuracy they may lose."""
+    bounds = plain(cfg.tolerance)
+    if "auto" in cfg.compress:
+        bounds["compressed"]["accuracy_drop"] = cfg.compress.auto.accuracy_drop
+    return bounds
+
+
+def reloaders(cfg: DictConfig) -> dict[str, Callable]:
+    """The `reload` that stands beside each exporter's `export`."""
+    return {name: get_object(f"{options._target_.rpartition('.')[0]}.reload") for name, options in cfg.items()}
+
+
+@contextmanager
+def loggers(cfg: DictConfig, folder: Path) -> Iterator[list]:
+    """The loggers besides the CSV files, of the process that leads; closed at the end."""
+    recorded, opened = plain(cfg), []
+    try:
+        for options in cfg.logger.values() if leads() else ():
+            opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=recorded))
+        yield opened
+    finally:
+        for logger in opened:
+            (logger.experiment.finish if hasattr(logger.experiment, "finish") else logger.experiment.close)()

@@ -1,0 +1,200 @@
+"""Who is trained in a run: the teacher, the student alone, the student that is taught."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig
+from torch import nn
+
+from distill import types
+from distill.compress import calibrate
+from distill.compress.static_int8 import static_int8
+from distill.data.base import Data
+from distill.errors import UsageError, UserError
+from distill.networks.build import build_network
+from distill.networks.network import Network
+from distill.networks.sources import describe, layers, own_sources
+from distill.networks.weights import content_hash, load_weights
+from distill.progress import say
+from distill.runtimes.measure import accuracy_on, agreement
+from distill.teachers.base import Teacher
+from distill.teachers.committee import Committee
+from distill.teachers.ema import Ema
+from distill.teachers.frozen import Frozen
+from distill.teachers.peer import Peer
+from distill.training.answers import Answers, fill, made_of
+from distill.training.finetune import finetuner
+from distill.training.fit import copied, fit
+from distill.training.precision import teaching
+from distill.training.recipe import Recipe
+from distill.training.store import once
+
+CROSS_ENTROPY = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.0, "weight": 1.0}
+TEACHERS = {"ema": None, "early_stopping": None, "select": "best"}  # whatever the student's recipe says
+MEMBERS_APART = 1000  # between the seeds of an ensemble's members: far from those of a sweep
+CHECKED = 512  # validation images that tell whether a teacher is better than chance
+
+
+def teacher(cfg: DictConfig, data: Data) -> Teacher:
+    """The teacher that conf/teacher or a network's name describes, with weights where it does not learn along."""
+    kind = get_object(cfg.teacher._target_)
+    if kind is Committee:
+        if any(member.precision != "auto" for member in cfg.teacher.members.values()):
+            raise UsageError("a member of teacher=ensemble has a precision of its own: set teacher.precision, for all")
+        members = [
+            _trained(cfg, f"teacher {name}", member, data, cfg.seed + number * MEMBERS_APART)
+            for number, (name, member) in enumerate(cfg.teacher.members.items())
+        ]
+        return frozen(cfg, Committee(members, cfg.teacher.weights), data)
+    if kind is Peer:
+        peer = build_network(cfg.teacher.network, data.num_classes, data.image_size, cfg.seed + 2)
+        return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight, ce(cfg).get("label_smoothing", 0.0))
+    if kind is Ema:
+        return Ema(build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
+    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data, cfg.seed), data)
+
+
+def frozen(cfg: DictConfig, network: nn.Module, data: Data) -> Frozen:
+    """`network` as a teacher that computes as teacher.precision says, see conf/role/teacher.yaml."""
+    numerics = teaching(cfg.teacher.precision, cfg.trainer, network)
+    return Frozen(network, numerics, partial(_in_int8, data)) if numerics == "int8" else Frozen(network, numerics)
+
+
+def _in_int8(data: Data, net: nn.Module) -> nn.Module:
+    small = static_int8(net, data=data)
+    images = calibrate.calibration(data, 512, "teacher.precision=int8: images")
+    same = agreement(*(calibrate.answers(each, images) for each in (small, net)))
+    say(f"  teacher.precision=int8: the same class as in float32 for {same:.1%} of {sum(map(len, images))} images")
+    return small
+
+
+def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed: int) -> Network:
+    """A teacher's network with its weights: given, fitted before, or fitted now.
+
+    fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
+    N fine-tunes what there is; 0 takes it as it is. It is fitted by the cross-entropy alone and its best epoch is
+    taken, whatever is set for the student's training.
+    """
+    given = described.checkpoint or (_pretrained(described) and data.num_classes == 1000)
+    epochs = described.fit.epochs
+    if epochs is None:
+        epochs = 0 if given else cfg.trainer.max_epochs
+    network = build_network(described, data.num_classes, data.image_size, seed, fresh_head=epochs > 0)
+    if epochs > 0:
+        own = recipe(cfg).changed(described.fit.lr, epochs=epochs, seed=seed, **TEACHERS)
+        return _fit_once(cfg, name, described, network, {"ce": CROSS_ENTROPY}, data, own)
+    say(f"{name}: {type(network.net).__name__} as given ({described.checkpoint or 'its own weights'})")
+    if not described.untrained:
+        fitted = "fit it (teacher.fit.epochs=N); teacher.untrained=true lets it teach all the same"
+        _refuse_chance(name, network, data, fitted)
+    return network
+
+
+def _refuse_chance(name: str, network: Network, data: Data, instead: str) -> None:
+    """Raises UserError where a network that was given, not fitted here, is no better than guessing on up to CHECKED
+    validation images: within three standard errors of always saying the most frequent class. It says what to do
+    `instead`."""
+    rows = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:CHECKED]
+    batches = (data.val[part, torch.zeros_like(part)] for part in rows.split(data.batch_size))
+    net = network.plain()
+    right = accuracy_on(net, batches)
+    share = data.val.labels.bincount().max().item() / len(data.val)
+    if right <= share + 3 * (share * (1 - share) / len(rows)) ** 0.5:
+        raise UserError(
+            f"the {name} answers {right:.1%} of {len(rows)} validation images rightly, which is chance ({share:.1%}): "
+            f"give it trained weights of these classes, in their order, and its mean and std "
+            f"({name.partition(' ')[0]}.checkpoint=FILE), or {instead}"
+        )
+
+
+def given(cfg: DictConfig, data: Data) -> tuple[Network, dict]:
+    """The student with the weights that it came with, and `fit`'s answer for a training of no epochs."""
+    network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed, fresh_head=False).eval()
+    say(f"student: {type(network.net).__name__} as given ({cfg.student.checkpoint or 'its own weights'})")
+    _refuse_chance("student", network, data, "train it (stages=[teacher,distill,...])")
+    accuracy = accuracy_on(network.plain(), data.val_loader())
+    return network, {"given": {"epoch": 0, "accuracy": accuracy, "state": copied(network.net.state_dict())}}
+
+
+def student_alone(cfg: DictConfig, data: Data) -> Network:
+    """The student trained on the labels alone with the same budget: what distillation is measured against."""
+    network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    return _fit_once(cfg, "student alone", cfg.student, network, {"ce": ce(cfg)}, data, recipe(cfg))
+
+
+def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
+    """The student taught by the teacher under the losses of `cfg`, and its best and last epoch (see `fit`)."""
+    network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    say(f"distill: {type(network.net).__name__} under {' + '.join(cfg.loss)} for {cfg.trainer.max_epochs} epochs")
+    return network, fit(network, taught_by, cfg.loss, data, recipe(cfg), folder, answers(cfg), loggers)
+
+
+def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:
+    """Ask the teacher about all that the run's student will see."""
+    student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+    fill(student, teacher, cfg.loss, data, recipe(cfg), answers(cfg))
+
+
+def finetuning(
+    cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path, exporters: Mapping[str, Callable], identity=None
+) -> Callable:
+    """`finetuner` of a run's configuration."""
+    configured = {key: types.plain(cfg[key]) for key in ("compress", "export", "teacher")} | {"data": _images(cfg)}
+    return finetuner(recipe(cfg), cfg.loss, teacher, data, folder, exporters, configured, answers(cfg), identity)
+
+
+def recipe(cfg: DictConfig) -> Recipe:
+    """How the student is trained."""
+    trainer = types.plain(cfg.trainer)
+    epochs, same = trainer.pop("max_epochs"), ("seed", "select", "ema", "early_stopping", "compile", "checkpoint_every")
+    described = {key: types.plain(cfg[key]) for key in ("optimizer", "schedule", *same)}
+    return Recipe(epochs, trainer=trainer, **described)
+
+
+def answers(cfg: DictConfig) -> Answers:
+    """How the teacher's answers are kept."""
+    return Answers(types.plain(cfg.cache), types.plain(cfg.teacher))
+
+
+def _images(cfg: DictConfig) -> dict:
+    """What configuration says of the images, for a key: without what changes no bit, [N, N] being N."""
+    images = {key: value for key, value in types.plain(cfg.data).items() if key != "num_workers"}
+    if isinstance(images.get("image_size"), list):
+        images["image_size"] = types.checked_size(images["image_size"])
+    return images
+
+
+def _fit_once(cfg, name: str, described, network: Network, losses: Mapping, data: Data, recipe: Recipe) -> Network:
+    """`network` fitted on the labels; once for its description, initial weights, losses, images and recipe."""
+    decides = {
+        "network": made_of(types.plain(described)),
+        "weights": content_hash(network),
+        "images": data.fingerprint,
+        "data": _images(cfg),
+        "loss": losses,
+        "recipe": recipe.decides(),
+        "source": own_sources([layers(network.net), describe(data.train.transform)]),
+    }
+
+    def train(folder: Path) -> dict:
+        if not {"teacher", "cache", "distill"} & set(cfg.stages):
+            raise UserError(f"the {name} is not fitted yet ({folder} is empty): add teacher and distill to stages")
+        kind = type(network.net).__name__
+        say(f"{name}: fitting {kind} on the labels for {recipe.epochs} epochs → {folder / 'weights.safetensors'}")
+        return fit(network, None, losses, data, recipe, folder)[recipe.select]
+
+    place = Path(cfg.store) / ("student" if name == "student alone" else "teacher")
+    once(network.net, place, decides, train, load_weights, f"{name}: fitted")
+    return network.keep(()).eval()
+
+
+def _pretrained(cfg: DictConfig) -> bool:
+    return bool(cfg.get("weights") or cfg.get("pretrained"))
+
+
+def ce(cfg: DictConfig) -> dict:
+    """The cross-entropy of the run, with its label smoothing, at full weight."""
+    return {**types.plain(cfg.loss).get("ce", CROSS_ENTROPY), "weight": 1.0}

@@ -1,0 +1,22 @@
+"""Losses from what configuration says of them."""
+
+from collections.abc import Mapping
+
+from hydra.utils import instantiate
+
+from distill.errors import UsageError
+from distill.losses.base import Loss
+from distill.losses.weight import check_weight
+from distill.types import plain
+
+
+def build_losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
+    """The terms of `cfg` by name, not yet built, and their weights."""
+    if not cfg:
+        raise UsageError("loss=[]: give at least one loss, e.g. 'loss=[ce,kd]'")
+    terms, weights = {}, {}
+    for name, options in plain(cfg).items():
+        weights[name] = options.pop("weight")
+        check_weight(name, weights[name])
+        terms[name] = instantiate(options, _convert_="all")
+    return terms, weights

@@ -1,0 +1,138 @@
+"""The report stage: every network and every file answers the test set once; what fails parity is told."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.base import Data
+from distill.errors import UserError
+from distill.export import Nets, told
+from distill.networks.network import Network
+from distill.networks.weights import serialised_bytes
+from distill.report import parity, tables
+from distill.runtimes import measure
+from distill.runtimes.artifact import Artifact
+from distill.runtimes.coverage import COMPUTED, HALF, computed_share, int8_share, stored
+from distill.runtimes.serve import serve
+
+FEW = 12  # images that are asked in other batches than the rest
+
+
+def evaluate(
+    networks: Mapping[str, Network | None],
+    nets: Nets,
+    files: Mapping[str, Sequence[Artifact]],
+    data: Data,
+    tolerance: Mapping,
+) -> tuple[list[tables.Row], list[str]]:
+    """Measure all models of a run; each file answers in a process of its own.
+
+    Args:
+        networks: by row name, among them "student" and "teacher" (see distill.report.tables.ORDER).
+        nets: the plain networks that were exported, by name and flow.
+        files: what was exported, by the same names.
+        data: its test images are read once, by all models together.
+        tolerance: {"file", "rounding", "float", "compressed"}, bounds of `report.difference`.
+
+    Returns:
+        The rows, and one line for each reason why a file may not ship.
+    """
+    plain = {name: network.plain() for name, network in networks.items() if network is not None}
+    artifacts = {file.path.name: file for several in files.values() for file in several}
+    source_of = {file.path.name: nets[name][file.flow] for name, several in files.items() for file in several}
+    floats = {file.path.name for file in files["student"]}
+    # once, where it is the same for all flows; on the CPU: an accelerator may compute float32 in fewer digits
+    sources = {f"source {id(net)}": net for net in [*source_of.values(), *nets["student"].values()]}
+    student = f"source {id(next(iter(nets['student'].values())))}" if nets["student"] else "student"
+    example = data.test[torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)].images
+    with serve(artifacts) as served:
+        eager = {name: _on_device(net) for name, net in plain.items()}
+        models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in sources.items()}}
+        models |= {name: _as_shipped(source_of[name], each) for name, each in served.items()}
+        logits, labels, failed = measure.predict(models, data.test_loader())
+        answered = [name for name in artifacts if name in logits and f"source {id(source_of[name])}" in logits]
+        bounds = {name: _bounds(artifacts[name], source_of[name], tolerance) for name in answered}
+        few = data.test[torch.arange(len(data.test))[:FEW], torch.zeros(min(FEW, len(data.test)), dtype=torch.int64)]
+        reference = next(iter(nets["student"].values()), plain["student"])
+        failures = list(failed.values())
+        for name in answered:
+            failures += _in_other_batches(name, served[name], source_of[name], reference, few.images, bounds[name])
+        timers = {name: measure.timed(net.to("cpu")) for name, net in plain.items()}
+        timers |= {name: served[name].time for name in answered}
+        times = measure.latency(timers, example)
+
+    def row(name: str, net: nn.Module, size: int) -> tables.Row:
+        scores = measure.scores(logits[name], labels, logits.get("teacher"), logits["student"])
+        return tables.Row(
+            name,
+            **scores,
+            **times.get(name, {}),
+            format=artifacts[name].format if name in artifacts else "eager",
+            parameters=measure.parameters(net),
+            macs=measure.macs(net, example),
+            bytes=size,
+            int8_share=int8_share(net),
+            int8_computed=computed_share(net),
+        )
+
+    rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
+    for name in answered:
+        net = source_of[name]
+        compared = logits[name], logits[f"source {id(net)}"], logits[student], labels
+        failures += parity.check(name, *compared, bounds[name], tolerance["float" if name in floats else "compressed"])
+        if name not in times:
+            failures.append(f"{name}: its process died while its latency was measured")
+        if torch.isfinite(logits[name]).all():
+            rows.append(row(name, net, measure.file_bytes(artifacts[name].path)))
+    return tables.compare(rows), list(dict.fromkeys(failures))
+
+
+def _bounds(file: Artifact, net: nn.Module, tolerance: Mapping) -> Mapping:
+    """Those of float32, and of int8 where the runtime has PyTorch's kernels; or those of numbers that are rounded."""
+    kinds = stored(net).keys()
+    return tolerance["rounding" if kinds & HALF or (file.rounds and kinds & COMPUTED) else "file"]
+
+
+def _as_shipped(net: nn.Module, answer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`answer` of `net` or of a file of it. What finds an activation's range anew for what it is asked about is asked
+    about one image at a time, as on a phone: in a batch it would round otherwise."""
+    if "dynamic int8" not in stored(net):
+        return answer
+    return lambda images: torch.cat([answer(image) for image in images.split(1)])
+
+
+def _told(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`net`, whose own errors are the file's that was made of it."""
+
+    def answer(images: Tensor) -> Tensor:
+        try:
+            return net(images)
+        except RuntimeError as error:
+            raise UserError(f"the network to be exported fails on {len(images)} images: {told(error)}") from error
+
+    return answer
+
+
+@torch.no_grad()
+def _in_other_batches(
+    name: str, file: Callable, source: nn.Module, student: nn.Module, images: Tensor, bounds: Mapping
+) -> list[str]:
+    """What a file answers wrongly, or not at all, when it is asked one by one and by three."""
+    failures = []
+    for size, words in ((1, " one by one"), (3, " in batches of three")):
+        try:
+            came = torch.cat([file(part) for part in images.split(size)])
+        except UserError as error:
+            return [f"{name}: asked{words}: {error}"]
+        wanted = torch.cat([source(part) for part in images.split(size)])
+        lines = parity.difference(came, wanted, parity.SOURCE, student(images), bounds)
+        failures += [f"{name}: asked{words}, {line}" for line in lines]
+    return failures
+
+
+def _on_device(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Big float networks answer on the accelerator where there is one."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    net.to(device)
+    return lambda images: net(images.to(device)).cpu()

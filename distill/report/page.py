@@ -1,0 +1,114 @@
+"""report.json, report.md, report.png and the loggers' summary."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from distill.report.parity import remarks
+from distill.report.plot import plot
+from distill.report.tables import Row, cells, ordered
+from distill.runtimes import measure
+from distill.runtimes.artifact import write as write_file
+
+PROTOCOL = {
+    "latency": "one image, one thread, models in turn, after warm-up: median and 95th percentile; networks in eager "
+    "PyTorch, files in their own runtime, each in a process of its own",
+    "× eager, × float": "how many times faster than the float student in eager PyTorch, and than its float file in the "
+    "same runtime",
+    "ece": f"expected calibration error, {measure.ECE_BINS} equal bins",
+    "macs": "multiply-accumulates for one image, in float or int8",
+    "int8 %, computed in int8 %": "of the weights: stored in int8, and those that the runtime multiplies in int8; the "
+    "others are dequantized first, so that the file is smaller and no faster",
+    "max |Δlogit|, agreement with student": "against the float student on the test images",
+}
+
+
+def write(rows: list[Row], folder: Path, context: Mapping, failures: Sequence[str] = ()) -> None:
+    """Writes report.json, report.md and report.png into `folder`, each whole or not at all.
+
+    Args:
+        context: plain JSON values that belong to the figures, such as {"seed": 0, "data": "cifar10"}.
+        failures: a line for each reason why a file may not ship.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    rows, folder, machine = ordered(rows), Path(folder), environment()
+    content = {
+        "rows": [asdict(row) for row in rows],
+        "failures": list(failures),
+        "context": dict(context),
+        "environment": machine,
+        "protocol": PROTOCOL,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_file(folder / "report.json", f"{text}\n".encode())
+    write_file(folder / "report.md", _markdown(rows, context, failures, machine).encode())
+    write_file(folder / "report.png", plot(rows))
+
+
+def log(logger, rows: list[Row], folder: Path) -> None:
+    """Sends the figures and the plot that `write` made to a Lightning logger."""
+    figures = {f"report/{row.name}/{key}": value for row in rows for key, value in asdict(row).items()}
+    logger.log_metrics({key: value for key, value in figures.items() if isinstance(value, (int, float))})
+    if hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image("report", [str(folder / "report.png")])
+    else:  # TensorBoard
+        from matplotlib.pyplot import imread
+
+        logger.experiment.add_image("report", imread(folder / "report.png"), dataformats="HWC")
+
+
+def environment() -> dict[str, str | int]:
+    """The machine and the versions that the figures were measured with."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "quantized engine": torch.backends.quantized.engine,
+        **{name: version(name) for name in ("torch", "torchvision", "torchmetrics")},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def _markdown(rows: list[Row], context: Mapping, failures: Sequence[str], machine: Mapping) -> str:
+    headers, *body = cells(rows, short=False)
+    lines = ["# Report", "", "| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(headers) - 1))
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in body]
+    images = f"{context['test images']:,}" if "test images" in context else "so many"
+    lines += [
+        "",
+        f"Top-1 ± one standard error on {images} test images. Change: top-1 in points against the float student.",
+        *(["Macro: the mean of the classes' own top-1."] if "macro %" in headers else []),
+        "",
+        "![accuracy and cost](report.png)",
+    ]
+    times = {
+        row.measured: [each.name for each in rows if each.measured == row.measured] for row in rows if row.measured
+    }
+    for time, names in times.items():
+        lines += ["", f"Measured before, at {time}: {', '.join(names)}."]
+    if told := remarks(rows):
+        lines += ["", "## Remarks", "", *(f"- {line}" for line in told)]
+    if failures:
+        lines += ["", "## May not ship", "", *(f"- {line}" for line in failures)]
+    for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):
+        if values:
+            lines += ["", f"## {title}", "", *(f"- {key}: {value}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"

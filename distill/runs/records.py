@@ -1,0 +1,24 @@
+"""A run's record of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.errors import UserError
+from distill.files import MOST, read_json
+
+
+def read_record(folder: Path) -> dict:
+    """A run's run.json.
+
+    Raises:
+        UserError: it is not one that a run wrote.
+    """
+    record = read_json(folder / "run.json", MOST)
+    words = record.get("overrides")
+    kinds = {"choices": dict, "overrides": list, "created": str, "versions": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    # Hydra's own options are never among a run's words: they could name folders and packages to search
+    if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
+        raise UserError(f"{folder}/run.json is damaged, or not one of ours ({(wrong or ['overrides'])[0]})")
+    return record

@@ -1,0 +1,101 @@
+"""Networks and losses find each other by a dry run of two images."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill.data.base import Data
+from distill.errors import UserError
+from distill.losses.base import Loss
+from distill.networks.network import Network
+from distill.types import Batch, Outputs
+
+
+def connect(
+    student: Network, teacher: nn.Module | None, terms: Mapping[str, Loss], data: Data, seed: int
+) -> Outputs | None:
+    """Tap what the losses read and make their layers, by one dry run of two training images.
+
+    Returns:
+        What the teacher answered to them, features included.
+
+    Raises:
+        UserError: a network that doesn't answer with one logit a class, a tap that isn't there.
+    """
+    _keep(student, "student", terms)
+    if teacher is not None:
+        _keep(teacher.network, "teacher", terms)
+    rows = torch.arange(2) % len(data.train)
+    batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
+    student_outputs = _dry_run(student, batch, data)
+    if min(data.batch_size, len(data.train)) == 1:
+        _check_batch_norms(student, batch)
+    teacher_outputs = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_outputs = teacher.eval()(batch)
+        teacher.train()
+        _check_logits(teacher_outputs.logits, getattr(teacher.network, "role", None) or "teacher", data)
+    for name, loss in terms.items():
+        if loss.needs_teacher and teacher is None:
+            raise UserError(f"loss {name} needs a teacher, and this run has none")
+        absent = [tap for tap in loss.teacher_taps if teacher is not None and tap not in teacher_outputs.features]
+        if absent:
+            raise UserError(
+                f"loss {name} reads the teacher's {', '.join(absent)}, and this teacher answers with "
+                f"{', '.join(['logits', *teacher_outputs.features])} only"
+            )
+        torch.manual_seed(seed)
+        loss.build(student_outputs, teacher_outputs, data)
+    return teacher_outputs
+
+
+def _keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
+    for name, loss in terms.items():
+        try:
+            network.keep(getattr(loss, f"{role}_taps"))
+        except UserError as error:
+            raise UserError(f"loss {name}, {role}: {error}") from error
+    network.keep(tap for loss in terms.values() for tap in getattr(loss, f"{role}_taps"))
+
+
+@torch.no_grad()
+def _dry_run(network: Network, batch: Batch, data: Data):
+    network.eval()
+    outputs = network(batch.images)
+    network.train()
+    _check_logits(outputs.logits, network.role or "student", data)
+    return outputs
+
+
+@torch.no_grad()
+def _check_batch_norms(network: Network, batch: Batch) -> None:
+    """Refuse training on single images where a batch norm would see one number a channel."""
+
+    def check(path: str, module: nn.Module, inputs) -> None:
+        if inputs[0][0].numel() == module.num_features:
+            raise UserError(
+                f"{path} of {type(network.net).__name__} normalises over the images of a batch and cannot learn from a "
+                "batch of one: set data.batch_size to 2 or more"
+            )
+
+    norms = [(path, module) for path, module in network.net.named_modules() if isinstance(module, _BatchNorm)]
+    hooks = [module.register_forward_pre_hook(partial(check, path)) for path, module in norms]
+    try:
+        network.eval()(batch.images)
+        network.train()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_logits(logits, role: str, data: Data) -> None:
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != data.num_classes:
+        came = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(
+            f"the {role} answers with {came}, expected (images, {data.num_classes}): the data has "
+            f"{data.num_classes} classes; set {role}.num_classes or choose another network"
+        )

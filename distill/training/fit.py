@@ -1,0 +1,101 @@
+"""Training: Lightning's Trainer, checkpoints that survive a kill, exact resume, the best weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+
+from distill.data.base import Data
+from distill.errors import UserError
+from distill.losses.terms import build_losses
+from distill.networks.network import Network
+from distill.networks.weights import read_state
+from distill.progress import say
+from distill.teachers.base import Teacher
+from distill.training.answers import Answers
+from distill.training.connect import connect
+from distill.training.lightning import optimizer as make_optimizer
+from distill.training.lightning import trainer as make_trainer
+from distill.training.lines import Lines
+from distill.training.module import Distill
+from distill.training.recipe import Recipe
+from distill.training.resume import BEST, LAST, MONITOR, Keep, position, read
+
+
+def fit(
+    network: Network,
+    teacher: Teacher | None,
+    losses: Mapping,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    answers: Answers | None = None,
+    loggers=(),
+    callbacks=(),
+) -> dict:
+    """Train `network` in place, continuing from `folder`/checkpoints where a killed run left one.
+
+    Args:
+        losses: by name, what configuration says of each.
+        folder: of checkpoints and metrics.
+        answers: how the teacher's are kept; None: it is asked every time, about a new view in every epoch.
+
+    Returns:
+        {"best": {"epoch", "accuracy", "state"}, "last": {…}}: epoch counted from 1, validation accuracy in
+        [0, 1], and the network's weights. `network` holds those of recipe.select.
+    """
+    terms, weights = build_losses(losses)
+    seen = connect(network, teacher, terms, data, recipe.seed + 1)
+    checkpoints = folder / "checkpoints"
+    keep = Keep(checkpoints, recipe.checkpoint_every)
+    callbacks = [keep, Lines(recipe.epochs), *callbacks]
+    if Lines.on_a_terminal():
+        callbacks.append(TQDMProgressBar(leave=False))
+    if recipe.early_stopping is not None:
+        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=recipe.early_stopping, check_finite=False))
+    trainer = make_trainer(recipe, network, callbacks, [CSVLogger(folder, "metrics"), *loggers])
+    views, device = {}, trainer.strategy.root_device
+    if answers is not None and any(loss.needs_teacher for loss in terms.values()):
+        teacher, views = answers.of(teacher, data, seen, recipe.epochs, device.type)
+    factor = instantiate(recipe.schedule, _convert_="all")
+    module = Distill(
+        network,
+        teacher,
+        terms,
+        weights,
+        make_optimizer(recipe, trainer.precision),
+        lambda epoch: factor(epoch, recipe.epochs),
+        data.num_classes,
+        ema=recipe.ema,
+        seed=recipe.seed,
+        compile=recipe.compile,
+    )
+    loader = data.resident(device).train_loader(recipe.seed, **views)
+    resume = checkpoints / LAST if (checkpoints / LAST).exists() else None
+    if resume:
+        epoch, batch = position(read(resume))
+        loader.sampler.resume_at(epoch, batch)
+        say(f"  continuing after {epoch} epochs and {batch} of {len(loader)} batches")
+    try:
+        trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
+    except SystemExit as end:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt if trainer.interrupted else end from None
+    except OSError as error:  # of a log, which does not say where
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; what was written before is whole"
+        ) from error
+    chosen = {
+        "last": {**keep.last, "state": copied(module.shipped.net.state_dict())},
+        "best": {**keep.best, "state": read_state(checkpoints / BEST)},
+    }
+    network.net.load_state_dict(chosen[recipe.select]["state"])
+    network.keep(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in
+    return chosen
+
+
+def copied(state: Mapping) -> dict:
+    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()}

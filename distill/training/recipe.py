@@ -1,0 +1,42 @@
+"""How a network is trained."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a training besides the network, its teacher, the losses and the images.
+
+    Args:
+        epochs: at least 1.
+        optimizer: `_target_` and its arguments, `lr` among them.
+        schedule: `_target_` and arguments of the rate's factor, see distill/training/schedules.py.
+        trainer: `_target_` and arguments of Lightning's Trainer but for max_epochs: precision, accelerator, clipping …
+        seed: of the order of the images, dropout and masks.
+        select: the epoch whose weights are taken, "best" (on validation images) or "last".
+        ema: decay of a moving average of the weights, which is then what is taken; None: no average.
+        early_stopping: epochs without a better validation accuracy before training stops; None: never.
+        compile: torch.compile of the step.
+        checkpoint_every: optimizer steps between checkpoints in an epoch; changes no bit.
+    """
+
+    epochs: int
+    optimizer: Mapping
+    schedule: Mapping
+    trainer: Mapping
+    seed: int = 0
+    select: str = "best"
+    ema: float | None = None
+    early_stopping: int | None = None
+    compile: bool = False
+    checkpoint_every: int = 500
+
+    def changed(self, lr: float | None = None, trainer: Mapping | None = None, **others) -> "Recipe":
+        """A copy with another rate, other arguments of the trainer beside those that it has, and `others` instead."""
+        optimizer = self.optimizer if lr is None else {**self.optimizer, "lr": lr}
+        return replace(self, optimizer=optimizer, trainer={**self.trainer, **(trainer or {})}, **others)
+
+    def decides(self) -> dict:
+        """What weights depend on, for a key."""
+        return {name: value for name, value in asdict(self).items() if name != "checkpoint_every"}
