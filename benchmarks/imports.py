@@ -12,7 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOMS = (  # from the user down to the ground; imports point downwards only
-    *("cli", "report", "runs", "training", "export", "compress", "teachers", "networks", "data", "runtimes", "losses"),
+    *(
+        "cli",
+        "report",
+        "runs",
+        "training",
+        "export",
+        "compress",
+        "teachers",
+        "networks",
+        "data",
+        "runtimes",
+        "losses",
+        "schema",
+    ),
     *("files", "progress", "types", "errors"),
 )
 

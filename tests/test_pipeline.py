@@ -223,7 +223,7 @@ def test_load_student_refuses_what_it_would_have_to_trust(folder, tmp_path):
 
 
 def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd):
-    words = ["-m", *QUICK, "trainer.max_epochs=1", "student=resnet8_tiny,resnet8", "loss.kd.temperature=2,-1e39"]
+    words = ["-m", *QUICK, "trainer.max_epochs=1", "student=resnet8_tiny,resnet8", "loss.kd.temperature=2,1e39"]
     words = [word for word in words if word not in ("student=resnet8_tiny", "trainer.max_epochs=2")]
     code = train(*words, cwd=tmp_path)
     told = capfd.readouterr()

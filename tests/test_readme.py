@@ -57,4 +57,4 @@ def test_every_option_that_the_readme_names_exists(train, tmp_path, capfd):
         ]  # a sweep's first job
         # the only thing wrong is a stage that doesn't exist, so that nothing starts
         assert train(*words, "stages=[none]", cwd=tmp_path) == 2
-        assert "no stage 'none'" in capfd.readouterr().err, command
+        assert "error: stages=[none]: expected" in capfd.readouterr().err, command

@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import config
+from distill import __version__
+from distill.cli import config, help
+from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
-from distill.files import CONF
+from distill.files import CONF, config_dirs
 from distill.runs.moved import present
+from distill.schema.values import nearest
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
@@ -27,9 +31,8 @@ def command(job):
     @functools.wraps(job)
     def guarded(cfg):
         try:
-            hydra_cfg = HydraConfig.get()
             present(cfg)
-            config.check(cfg, list(hydra_cfg.overrides.task), hydra_cfg.runtime.choices)
+            config.check(cfg, list(HydraConfig.get().overrides.task))
             return job(cfg)
         except KeyboardInterrupt:
             folder = HydraConfig.get().runtime.output_dir
@@ -50,9 +53,15 @@ def command(job):
         for stream in (sys.stdout, sys.stderr):  # a terminal or file that lacks a sign gets "?" for it
             with contextlib.suppress(AttributeError, ValueError):  # replaced by something simpler
                 stream.reconfigure(errors="replace")
+        if "--version" in sys.argv[1:]:
+            print(f"distill {__version__}")
+            return
+        if (asked := _asked_about(sys.argv[1:])) is not None:
+            return _explain(asked)
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
+            _refuse_words(sys.argv[1:])
             hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
         except Exception as error:
             if TRACEBACK:
@@ -60,6 +69,22 @@ def command(job):
             sys.exit(_tell(error))
 
     return main
+
+
+def _asked_about(argv: list[str]) -> str | None:
+    """The group of `--help GROUP`."""
+    if not {"--help", "-h"} & {*argv}:
+        return None
+    words = [word for word in argv if not word.startswith("-") and "=" not in word and word not in config_dirs(argv)]
+    return words[0] if words else None
+
+
+def _explain(group: str) -> None:
+    try:
+        with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough
+            print(help.page(group, [CONF, *config_dirs()]), flush=True)
+    except UserError as error:
+        sys.exit(_tell(error))
 
 
 def _tell(error: Exception) -> int:
@@ -107,18 +132,38 @@ def _hydra_text(text: str) -> str:
         choices = sorted(
             {file.stem for path in folders for place in places for file in Path(path, place).glob("*.yaml")}
         )
-        return f"no {group} '{choice}'{config.nearest(choice, choices)} There are: {', '.join(choices)}"
+        return f"no {group} '{choice}'{nearest(choice, choices) or '.'} There are: {', '.join(choices)}"
     if missing := re.search(r"Could not (?:override|append.*?to) '([^']+)'", text):
-        return f"no option '{missing[1]}'{config.nearest(missing[1], _known_keys())} python train.py --help lists them"
+        near = meant(missing[1], _known_keys())
+        return f"no option '{missing[1]}'{f'; did you mean {near}?' if near else '.'} python train.py --help lists them"
     return text.partition("\nSee https")[0]
+
+
+def _refuse_words(argv: list[str]) -> None:
+    """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, and a
+    group that is to be null or a number."""
+    for word in argv:
+        if config.is_group(word, _groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
+            raise UsageError(f"{word}: expected the name of a choice; python train.py --help lists them")
+    _, unknown = get_args_parser().parse_known_args(argv)
+    for flag in (word for word in unknown if word.startswith("-")):
+        name, _, value = flag.partition("=")
+        after = argv[argv.index(flag) + 1 :]
+        if not value and after and "=" not in after[0] and not after[0].startswith("--"):
+            value = after[0]
+        near = meant(name, _known_keys()) or "KEY"
+        raise UsageError(f"no option '{flag}'; options are words without dashes: {near}={value or 'VALUE'}")
+
+
+def _groups() -> set[str]:
+    return {entry.name for entry in os.scandir(CONF) if entry.is_dir()} | {"teacher", "student"}
 
 
 def _known_keys() -> list[str]:
     """All option names under the groups chosen on this command line."""
     from hydra import compose, initialize_config_dir
 
-    groups = {entry.name for entry in os.scandir(CONF) if entry.is_dir()} | {"teacher", "student"}
-    chosen = [word for word in sys.argv[1:] if config.is_group(word, groups)]
+    chosen = [word for word in sys.argv[1:] if config.is_group(word, _groups())]
     try:
         with initialize_config_dir(CONF, version_base="1.3"):
             return config.keys(compose("train", chosen))

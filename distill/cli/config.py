@@ -1,65 +1,37 @@
 """Where the configuration lives, and what Hydra doesn't check by itself. Never imports torch."""
 
-import difflib
 import itertools
+import re
 import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from distill.cli import crossings, options
+from distill.cli.hints import meant
 from distill.errors import UsageError
 from distill.files import CONF, config_dirs
-from distill.losses.weight import check_weight
 from distill.progress import leads
-
-NULLABLE = ("cache.views",)  # numbers that null may stand for, whatever their default
-PRECISIONS = (
-    *("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true", "32", "64", "16", "bf16"),
-)
-TRAINER = (  # options of Lightning's Trainer that are honoured
-    *("accelerator", "strategy", "devices", "num_nodes", "precision", "max_epochs", "min_epochs"),
-    *("limit_train_batches", "limit_val_batches", "accumulate_grad_batches", "gradient_clip_val"),
-    *("gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "detect_anomaly", "profiler"),
-    *("sync_batchnorm", "log_every_n_steps", "default_root_dir"),
-)
-_VALIDATED = "validation follows every epoch, because it chooses what ships"
-_OURS = "training here has its own, which make that it can be killed anywhere"
-REFUSED = {  # and why others are not
-    "callbacks": f"{_OURS}; logger=[wandb] and logger=[tensorboard] take the figures elsewhere",
-    "logger": "choose logger=[wandb] or logger=[tensorboard]; CSV files are always written",
-    "plugins": _OURS,
-    "max_steps": "give trainer.max_epochs, the schedule's length; +trainer.limit_train_batches=N shortens an epoch",
-    "min_steps": "give trainer.max_epochs",
-    "max_time": "a run is as long as its trainer.max_epochs; it can be stopped anywhere and continued by run=",
-    "fast_dev_run": "try a run with trainer.max_epochs=1 +trainer.limit_train_batches=2",
-    "overfit_batches": "give +trainer.limit_train_batches=N, which takes other images in each epoch, or fewer images",
-    "check_val_every_n_epoch": _VALIDATED,
-    "val_check_interval": _VALIDATED,
-    "num_sanity_val_steps": "everything is tried on two images before training",
-    "enable_checkpointing": _OURS,
-    "enable_progress_bar": "there is one on a terminal, and lines elsewhere",
-    "enable_model_summary": "the report has the figures of every network",
-    "use_distributed_sampler": _OURS,
-    "reload_dataloaders_every_n_epochs": _OURS,
-    "limit_test_batches": "the test set is measured whole, once",
-    "limit_predict_batches": "the test set is measured whole, once",
-    "barebones": _OURS,
-}
-OPSETS = range(18, 24)  # of ONNX's operators: distill.export.onnx.OPSETS, which loads torch
-STAGES = ["teacher", "cache", "distill", "compress", "export", "report"]
+from distill.runs.records import added, read_record
+from distill.schema.values import Problem, problems
 
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    store = ConfigStore.instance()
+    store.__deepcopy__ = lambda memo: (
+        store
+    )  # Hydra copies it for each group that --help lists, and only reads the copies
     folders = [CONF, *config_dirs(argv)]
     for file in sorted(file for folder in folders for file in Path(folder, "network").glob("*.yaml")):
         for role in ("teacher", "student"):
             defaults = [{"/role@_here_": role}, {"/network@_here_": file.stem}, "_self_"]
-            ConfigStore.instance().store(group=role, name=file.stem, node={"defaults": defaults})
+            store.store(group=role, name=file.stem, node={"defaults": defaults})
 
 
 def run_dir(run: str | None, new: str) -> str:
@@ -70,7 +42,7 @@ def run_dir(run: str | None, new: str) -> str:
         UsageError: `run` is no run's folder; a name that is none, or leads out of outputs/.
     """
     if run is not None:
-        if not Path(run, "run.json").is_file():
+        if not Path(str(run), "run.json").is_file():
             raise UsageError(f"run={run} is not the folder of a run (no run.json in it)")
         return run
     name = new.partition("/")[2]
@@ -96,81 +68,45 @@ def is_group(override: str, choices) -> bool:
     return override.lstrip("+~").partition("=")[0].partition("@")[0] in choices
 
 
-def check(cfg: DictConfig, overrides: list[str], choices) -> None:
-    """Refuse values that no default allows: stages, and a word where the default is a number.
+def check(cfg: DictConfig, overrides: list[str]) -> None:
+    """Refuse what can be known to be wrong before work begins: values against the signatures that take them and the
+    models of distill/cli/options.py, and values that don't go together. Of several, the command line's is told.
+    Where a run is continued, its recorded words belong to `cfg`, and what they say was checked when it began.
 
     Raises:
-        UsageError: names the option, what it takes and what came.
+        UsageError: names the option, what came and what it takes.
     """
-    from hydra import compose
-
+    continues = isinstance(cfg.get("run"), str)
+    if continues:
+        recorded = read_record(Path(cfg.run))["overrides"]
+        cfg = compose("train", added(recorded, overrides))
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         key = sorted(missing)[0]
         raise UsageError(f"{key} must be given: {key}=VALUE")
-    unknown = [stage for stage in cfg.stages if stage not in STAGES]
-    if unknown:
-        raise UsageError(f"stages={list(cfg.stages)}: no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
-    if cfg.select not in ("best", "last"):
-        raise UsageError(f"select={cfg.select}: choose best or last")
-    _check_trainer(cfg)
-    for name, options in cfg.loss.items():
-        check_weight(name, OmegaConf.to_container(options, resolve=True)["weight"])
-    opset = OmegaConf.select(cfg, "export.onnx.opset")
-    if opset is not None and opset not in OPSETS:
-        raise UsageError(f"export.onnx.opset={opset} is none that is written: choose {OPSETS[0]} to {OPSETS[-1]}")
-    values = [word for word in overrides if not is_group(word, choices) and word[0] not in "+~"]
-    defaults = compose("train", [word for word in overrides if word not in values])
-    for word in values:
-        key = word.partition("=")[0]
-        default, value = OmegaConf.select(defaults, key), OmegaConf.select(cfg, key)
-        expected = _kind(default)
-        may_be_listed = key.endswith(".weight") or key == "data.image_size"  # a schedule; height and width
-        listed = may_be_listed and OmegaConf.is_list(value)
-        if value is None and key in NULLABLE:
-            continue
-        if expected and _kind(value) != expected and not listed and not (expected == "number" and _whole(value)):
-            raise UsageError(f"{word}: expected a {expected}, such as {default}")
+    values = OmegaConf.to_container(cfg, resolve=True)
+    found = [
+        *unread(cfg),
+        *crossings.nodes(values),
+        *crossings.refused_options(values),
+        *problems(values, options.within),
+    ]
+    found = found or [*crossings.twice(overrides, values), *crossings.across(values)]
+    given = [word.lstrip("+~").partition("=")[0] for word in overrides]
+    if continues:
+        found = [problem for problem in found if problem.key in given]
+    for problem in sorted(found, key=lambda problem: problem.key not in given):
+        raise UsageError(str(problem))
 
 
-def _check_trainer(cfg: DictConfig) -> None:
-    """Refuse options of Lightning's Trainer that training here cannot honour, and numbers that train nothing."""
-    for key, value in cfg.trainer.items():
-        if key != "_target_" and key not in TRAINER:
-            reason = REFUSED.get(key, f"it is none of those that training here honours: {', '.join(TRAINER)}")
-            raise UsageError(f"trainer.{key}={value}: {reason}")
-    epochs = {"trainer.max_epochs": cfg.trainer.max_epochs}
-    fits = {"teacher": cfg.teacher, **{f"teacher.members.{k}": v for k, v in cfg.teacher.get("members", {}).items()}}
-    epochs |= {f"{name}.fit.epochs": part.fit.epochs for name, part in fits.items() if "fit" in part}
-    for key, value in epochs.items():
-        least = 1 if key == "trainer.max_epochs" else 0
-        if value is not None and not (_whole(value) and value >= least):
-            raise UsageError(f"{key}={value}: expected at least {least}; stages= leaves training out")
-    if cfg.trainer.get("limit_val_batches", 1) == 0:
-        raise UsageError("trainer.limit_val_batches=0: what ships is chosen on validation images")
-    precision = str(cfg.trainer.precision)
-    if precision not in PRECISIONS:
-        raise UsageError(f"trainer.precision={precision}: choose one of {', '.join(PRECISIONS)}")
-    if precision in ("16-true", "bf16-true") and (
-        cfg.ema is not None or cfg.teacher._target_ == "distill.teachers.ema.Ema"
-    ):
-        raise UsageError(
-            f"trainer.precision={precision} has too few digits for a moving average of weights: choose "
-            "trainer.precision=bf16-mixed, or leave ema out"
-        )
-
-
-def _kind(value) -> str | None:
-    """What a default tells of the values it may be replaced by; None: anything."""
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int):
-        return "whole number"
-    return "number" if isinstance(value, float) else None
-
-
-def _whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def unread(cfg: DictConfig) -> list[Problem]:
+    """Values added at the top (`+epochs=3`) that no other value points at: they would do nothing."""
+    added = [key for key in cfg if key not in options.hints_of(options.Run)]
+    text = OmegaConf.to_yaml(cfg) if added else ""
+    idle = [key for key in added if not re.search(rf"\$\{{[^}}]*\b{re.escape(key)}\b", text)]
+    near = {key: meant(key, [each for each in keys(cfg) if each not in added]) for key in idle}
+    hints = {key: f"; did you mean {name}?" if name else "" for key, name in near.items()}
+    return [Problem(key, cfg[key], f"no option of this name, and nothing points at it{hints[key]}") for key in idle]
 
 
 def keys(cfg, prefix: str = "") -> list[str]:
@@ -181,9 +117,3 @@ def keys(cfg, prefix: str = "") -> list[str]:
         if OmegaConf.is_dict(cfg) and not OmegaConf.is_missing(cfg, name) and OmegaConf.is_dict(cfg._get_node(name)):
             found += keys(cfg[name], f"{prefix}{name}.")
     return found
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """'; did you mean X?' where something known is near, else '.'."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else "."

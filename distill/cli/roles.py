@@ -14,6 +14,7 @@ from distill.compress import calibrate
 from distill.compress.static_int8 import static_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
+from distill.losses.terms import build_losses
 from distill.networks.build import build_network
 from distill.networks.network import Network
 from distill.networks.sources import describe, layers, own_sources
@@ -21,11 +22,13 @@ from distill.networks.weights import content_hash, load_weights
 from distill.progress import say
 from distill.runtimes.measure import accuracy_on, agreement
 from distill.teachers.base import Teacher
+from distill.teachers.cache import check_top_k, reads
 from distill.teachers.committee import Committee
 from distill.teachers.ema import Ema
 from distill.teachers.frozen import Frozen
 from distill.teachers.peer import Peer
 from distill.training.answers import Answers, fill, made_of
+from distill.training.connect import keep
 from distill.training.finetune import finetuner
 from distill.training.fit import copied, fit
 from distill.training.precision import teaching
@@ -40,12 +43,13 @@ CHECKED = 512  # validation images that tell whether a teacher is better than ch
 
 def teacher(cfg: DictConfig, data: Data) -> Teacher:
     """The teacher that conf/teacher or a network's name describes, with weights where it does not learn along."""
+    check_top_k(cfg.cache.top_k, data.num_classes)
     kind = get_object(cfg.teacher._target_)
     if kind is Committee:
         if any(member.precision != "auto" for member in cfg.teacher.members.values()):
             raise UsageError("a member of teacher=ensemble has a precision of its own: set teacher.precision, for all")
         members = [
-            _trained(cfg, f"teacher {name}", member, data, cfg.seed + number * MEMBERS_APART)
+            _trained(cfg, f"teacher {name}", member, data, cfg.seed + number * MEMBERS_APART, read=number == 0)
             for number, (name, member) in enumerate(cfg.teacher.members.items())
         ]
         return frozen(cfg, Committee(members, cfg.teacher.weights), data)
@@ -71,8 +75,9 @@ def _in_int8(data: Data, net: nn.Module) -> nn.Module:
     return small
 
 
-def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed: int) -> Network:
-    """A teacher's network with its weights: given, fitted before, or fitted now.
+def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed: int, read: bool = True) -> Network:
+    """A teacher's network with its weights: given, fitted before, or fitted now. What the losses `read` of it must be
+    there before it is trained.
 
     fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
     N fine-tunes what there is; 0 takes it as it is. It is fitted by the cross-entropy alone and its best epoch is
@@ -83,6 +88,8 @@ def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed
     if epochs is None:
         epochs = 0 if given else cfg.trainer.max_epochs
     network = build_network(described, data.num_classes, data.image_size, seed, fresh_head=epochs > 0)
+    if read:
+        _check_taps(cfg, "teacher", network)
     if epochs > 0:
         own = recipe(cfg).changed(described.fit.lr, epochs=epochs, seed=seed, **TEACHERS)
         return _fit_once(cfg, name, described, network, {"ce": CROSS_ENTROPY}, data, own)
@@ -182,6 +189,8 @@ def _fit_once(cfg, name: str, described, network: Network, losses: Mapping, data
     def train(folder: Path) -> dict:
         if not {"teacher", "cache", "distill"} & set(cfg.stages):
             raise UserError(f"the {name} is not fitted yet ({folder} is empty): add teacher and distill to stages")
+        student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
+        _check_taps(cfg, "student", student)  # not after hours of the teacher's training
         kind = type(network.net).__name__
         say(f"{name}: fitting {kind} on the labels for {recipe.epochs} epochs → {folder / 'weights.safetensors'}")
         return fit(network, None, losses, data, recipe, folder)[recipe.select]
@@ -198,3 +207,18 @@ def _pretrained(cfg: DictConfig) -> bool:
 def ce(cfg: DictConfig) -> dict:
     """The cross-entropy of the run, with its label smoothing, at full weight."""
     return {**types.plain(cfg.loss).get("ce", CROSS_ENTROPY), "weight": 1.0}
+
+
+def _check_taps(cfg: DictConfig, role: str, network: Network) -> None:
+    """Raises UserError where the losses of a run that distils read what the student or teacher doesn't have, or what a
+    cache of logits, or a teacher in int8, leaves out."""
+    if not {"cache", "distill"} & set(cfg.stages):
+        return
+    terms = build_losses(cfg.loss)[0]
+    keep(network, role, terms)
+    features = [tap for loss in terms.values() for tap in loss.teacher_taps if tap not in network.tensors()]
+    network.keep(())
+    if role == "teacher" and features and cfg.cache.keep == "logits":
+        raise UsageError(f"cache=logits: {reads(features)}; cache=off asks the teacher every time")
+    if role == "teacher" and features and cfg.teacher.precision == "int8":
+        raise UsageError(f"teacher.precision=int8 answers with logits only: {', '.join(features)} can't be read of it")

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Len
 from torch import nn
 
 from distill.compress.dynamic_int8 import dynamic_int8
@@ -34,6 +36,7 @@ from distill.runtimes.artifact import Artifact
 from distill.runtimes.graph import reason
 from distill.runtimes.measure import accuracy_on, latency
 from distill.runtimes.serve import serve
+from distill.schema.ranges import BelowOne, Number, Positive, Share, Size
 
 RUNTIMES = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}  # where no run says what it exports
 QUANTIZERS = {
@@ -67,13 +70,15 @@ def auto(
     data: Data | None = None,
     flow: str = "fx",
     *,
-    bytes: int | str | None = None,
-    latency_ms: float | None = None,
-    accuracy_drop: float = 0.01,
-    ratios: Sequence[float] = (0.0, 0.3, 0.5, 0.7),
-    quantizers: Sequence[str] = ("weight_only_int8", "static_int8", "qat_int8"),
-    epochs: int = 5,
-    lr: float = 5e-3,
+    bytes: Size | None = None,
+    latency_ms: Positive | None = None,
+    accuracy_drop: Share = 0.01,
+    ratios: Annotated[Sequence[BelowOne], Len(1)] = (0.0, 0.3, 0.5, 0.7),
+    quantizers: Annotated[
+        Sequence[Literal["none", "weight_only_int8", "dynamic_int8", "static_int8", "qat_int8"]], Len(1)
+    ] = ("weight_only_int8", "static_int8", "qat_int8"),
+    epochs: Number = 5,
+    lr: Positive = 5e-3,
     **steps: Callable,
 ) -> nn.Module:
     """`net` compressed as the smallest that is within the budget in all files of `flow`; what was measured is shown.

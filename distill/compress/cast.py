@@ -1,6 +1,7 @@
 """Half precision: weights and arithmetic in float16 or bfloat16, half the bytes."""
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ class Half(nn.Module):
         return self.net(images.to(self.dtype)).float()
 
 
-def cast(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, dtype: str = "float16") -> nn.Module:
+def cast(
+    net: nn.Module, finetune=None, data=None, flow: str = "fx", *, dtype: Literal["float16", "bfloat16"] = "float16"
+) -> nn.Module:
     """A copy of `net`, images (N, C, H, W) to logits (N, K), that computes in `dtype` behind its normalisation.
 
     Args:

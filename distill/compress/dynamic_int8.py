@@ -14,6 +14,7 @@
 """
 
 import warnings
+from typing import Literal
 
 from torch import nn
 
@@ -27,7 +28,9 @@ from distill.runtimes.int8_layers import Int8Conv2d
 CONV = ("weight_only", "float")
 
 
-def dynamic_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, conv: str = "weight_only") -> nn.Module:
+def dynamic_int8(
+    net: nn.Module, finetune=None, data=None, flow: str = "fx", *, conv: Literal["weight_only", "float"] = "weight_only"
+) -> nn.Module:
     """A compressed copy of `net`; `net` itself is untouched.
 
     Args:

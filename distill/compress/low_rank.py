@@ -19,6 +19,7 @@ from distill.errors import UsageError, UserError
 from distill.networks.fold import without_fast_paths
 from distill.progress import say
 from distill.runtimes.measure import parameters
+from distill.schema.ranges import Inside, Number, Positive
 
 
 def low_rank(
@@ -27,9 +28,9 @@ def low_rank(
     data=None,
     flow: str = "fx",
     *,
-    energy: float = 0.95,
-    epochs: int = 2,
-    lr: float = 5e-3,
+    energy: Inside = 0.95,
+    epochs: Number = 2,
+    lr: Positive = 5e-3,
 ) -> nn.Module:
     """A copy of `net` with every Linear and 1×1 convolution factorised that becomes smaller by it.
 

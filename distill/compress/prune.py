@@ -9,6 +9,7 @@ shortcuts of a CIFAR ResNet do) is found by trying and left whole.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch_pruning
@@ -22,6 +23,7 @@ from distill.progress import say
 from distill.runtimes.graph import reason
 from distill.runtimes.measure import macs as count_macs
 from distill.runtimes.measure import parameters
+from distill.schema.ranges import Count, Inside, Number, Positive
 
 MOST = 0.9  # of a layer's channels: none is cut off entirely
 TRIES = 8  # bisections of the ratio for a budget of MACs
@@ -35,13 +37,13 @@ def prune(
     data=None,
     flow: str = "fx",
     *,
-    ratio: float = 0.5,
-    macs: float | None = None,
-    spread: str = "uniform",
-    norm: int = 2,
-    round_to: int = 8,
-    epochs: int = 5,
-    lr: float = 5e-3,
+    ratio: Inside = 0.5,
+    macs: Inside | None = None,
+    spread: Literal["uniform", "global"] = "uniform",
+    norm: Literal[1, 2] = 2,
+    round_to: Count = 8,
+    epochs: Number = 5,
+    lr: Positive = 5e-3,
 ) -> nn.Module:
     """A narrower copy of `net`, fine-tuned with the teacher.
 

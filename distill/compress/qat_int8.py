@@ -5,12 +5,15 @@ activations start from calibration and move along; for the last part of the trai
 statistics of batch norms (Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from distill.compress import flows
 from distill.compress.calibrate import calibration
 from distill.errors import UsageError, UserError
+from distill.schema.ranges import Calibration, Count, Positive, Seed, Share
 
 
 def qat_int8(
@@ -19,12 +22,12 @@ def qat_int8(
     data=None,
     flow: str = "fx",
     *,
-    epochs: int = 2,
-    lr: float = 5e-4,
-    freeze: float = 0.67,
-    images: int = 512,
-    skip: list[str] = (),
-    seed: int = 0,
+    epochs: Count = 2,
+    lr: Positive = 5e-4,
+    freeze: Share = 0.67,
+    images: Calibration = 512,
+    skip: Sequence[str] = (),
+    seed: Seed = 0,
 ) -> nn.Module:
     """`net` in int8 for the runtime of `flow`, of the epoch that was best on the validation images.
 

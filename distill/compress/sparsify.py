@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from distill.compress.tuning import tuning
 from distill.errors import UsageError
 from distill.progress import say
+from distill.schema.ranges import Count, Inside, Number, Positive
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -37,10 +38,10 @@ def sparsify(
     data=None,
     flow: str = "fx",
     *,
-    sparsity: float = 0.8,
-    rounds: int = 3,
-    epochs: int = 2,
-    lr: float = 5e-3,
+    sparsity: Inside = 0.8,
+    rounds: Count = 3,
+    epochs: Number = 2,
+    lr: Positive = 5e-3,
 ) -> nn.Module:
     """A copy of `net` of which `sparsity` of the weights of convolutions and Linear layers are zero.
 

@@ -1,5 +1,8 @@
 """Static int8: weights and activations are int8, their ranges found on training images, without training."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 from torch import Tensor, nn
 
 from distill.compress import flows
@@ -7,6 +10,7 @@ from distill.compress.calibrate import answers, calibration
 from distill.compress.sensitivity import by_sensitivity
 from distill.errors import UsageError
 from distill.progress import say
+from distill.schema.ranges import Calibration, Seed, Share
 
 
 def static_int8(
@@ -15,11 +19,11 @@ def static_int8(
     data=None,
     flow: str = "fx",
     *,
-    images: int = 512,
-    observer: str = "histogram",
-    skip: list[str] | str = (),
-    drop: float = 0.01,
-    seed: int = 0,
+    images: Calibration = 512,
+    observer: Literal["histogram", "minmax", "moving_average"] = "histogram",
+    skip: Sequence[str] | Literal["auto"] = (),
+    drop: Share = 0.01,
+    seed: Seed = 0,
 ) -> nn.Module:
     """`net` in int8 for the runtime of `flow`; see distill/compress/flows.py for what that means.
 

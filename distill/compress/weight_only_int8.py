@@ -1,5 +1,7 @@
 """Weight-only int8: Linear and Conv2d are stored in int8, one scale an output channel; the arithmetic stays float."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from distill.compress.calibrate import noise
@@ -9,7 +11,9 @@ from distill.networks.fold import fold_batch_norm
 from distill.runtimes.int8_layers import Int8Conv2d, Int8Linear
 
 
-def weight_only_int8(net: nn.Module, finetune=None, data=None, flow: str = "fx", *, skip: list[str] = ()) -> nn.Module:
+def weight_only_int8(
+    net: nn.Module, finetune=None, data=None, flow: str = "fx", *, skip: Sequence[str] = ()
+) -> nn.Module:
     """A copy of `net`, images (N, C, H, W) to logits (N, K), a quarter as large and about as fast.
 
     Args:

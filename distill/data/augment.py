@@ -9,13 +9,16 @@ depend on the others of its batch: sums are of whole numbers, and floats are wor
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as F
 
 from distill.errors import UsageError
+from distill.schema.ranges import Count, Number, PositiveRange, ShareRange
 from distill.types import ImageSize, sides
 
 SMALL = 64  # px: images up to this side are kept in memory and worked on a batch at a time
@@ -68,7 +71,7 @@ def chain(augment: Mapping[str, Callable] | None, default: Callable) -> Chain:
 class ShiftFlip:
     """Shift by up to `padding` pixels, zeros moving in, and mirror half of the images (He et al. 2016)."""
 
-    padding: int = 4
+    padding: Number = 4
     flip: bool = True
     count = 3
 
@@ -107,8 +110,8 @@ class Cutout:
     The paper puts zeros into normalised images, which is about the mean: hence `fill`.
     """
 
-    size: int = 8
-    fill: int = 128
+    size: Count = 8
+    fill: Annotated[int, Interval(ge=0, le=255)] = 128
     count = 2
 
     def __post_init__(self):
@@ -133,8 +136,8 @@ class RandomResizedCrop:
     it is resized: 1 is not distorted, whatever the set's size.
     """
 
-    scale: Sequence[float] = (0.25, 1.0)
-    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    scale: ShareRange = (0.25, 1.0)
+    ratio: PositiveRange = (3 / 4, 4 / 3)
     flip: bool = True
     count = 2 * _TRIES + 3
     crops = True  # takes images of any sizes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UsageError
+from distill.schema.ranges import Share
 from distill.types import ImageSize
 
 
@@ -16,9 +17,9 @@ class ColorJitter:
     Howard, "Some improvements on deep convolutional neural network based image classification", 2013.
     """
 
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
     count = 3
 
     def __post_init__(self):

@@ -7,14 +7,15 @@ from torch.nn.functional import interpolate
 
 from distill.data.augment import ShiftFlip
 from distill.data.base import Data, cut, from_arrays
+from distill.schema.ranges import Count, Inside, Number, Seed
 
 
 def digits(
-    batch_size: int,
-    num_workers: int,
-    val_fraction: float = 0.15,
-    test_fraction: float = 0.3,
-    split_seed: int = 0,
+    batch_size: Count,
+    num_workers: Number,
+    val_fraction: Inside = 0.15,
+    test_fraction: Inside = 0.3,
+    split_seed: Seed = 0,
     augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """UCI's Optical Recognition of Handwritten Digits, its test part (Alpaydin and Kaynak, 1998); CC BY 4.0.

@@ -1,22 +1,25 @@
 """Made images whose classes can be learned: for tests and benchmarks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch.nn.functional import interpolate
 
 from distill.data.base import Data, from_arrays
 from distill.errors import UsageError
+from distill.schema.ranges import Count, Number, Seed, Sides
 from distill.types import checked_size, sides
 
 
 def fake(
-    batch_size: int,
-    num_workers: int,
-    num_classes: int = 10,
-    train_size: int = 600,
-    image_size: int | Sequence[int] = 32,
-    seed: int = 0,
+    batch_size: Count,
+    num_workers: Number,
+    num_classes: Annotated[int, Ge(2)] = 10,
+    train_size: Annotated[int, Ge(2)] = 600,
+    image_size: Sides = 32,
+    seed: Seed = 0,
     augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """Each class is a smooth colour pattern under noise; validation and test are a third of training each.

@@ -7,14 +7,15 @@ from torchvision.datasets import FashionMNIST
 
 from distill.data.base import Data, cut, from_arrays
 from distill.data.download import fetch
+from distill.schema.ranges import Count, Inside, Number, Seed
 
 
 def fashion_mnist(
     root: str,
-    batch_size: int,
-    num_workers: int,
-    val_fraction: float = 0.1,
-    split_seed: int = 0,
+    batch_size: Count,
+    num_workers: Number,
+    val_fraction: Inside = 0.1,
+    split_seed: Seed = 0,
     augment: Mapping[str, Callable] | None = None,
 ) -> Data:
     """The official test set; validation is cut from training. By default shifted and mirrored."""

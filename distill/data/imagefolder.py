@@ -1,7 +1,7 @@
 """Your own images: a folder for each class, in one folder or in train/, val/ and test/."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import Files
 from distill.errors import UserError
 from distill.progress import say
+from distill.schema.ranges import Count, Inside, Number, Seed, Sides
 from distill.types import checked_size, sides
 
 _SPLITS = {  # in whatever case
@@ -23,14 +24,14 @@ _SPLITS = {  # in whatever case
 
 def imagefolder(
     root: str,
-    batch_size: int,
-    num_workers: int | None,
-    image_size: int | Sequence[int] | None = None,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    split_seed: int = 0,
+    batch_size: Count,
+    num_workers: Number | None,
+    image_size: Sides | None = None,
+    val_fraction: Inside = 0.1,
+    test_fraction: Inside = 0.2,
+    split_seed: Seed = 0,
     augment: Mapping[str, Callable] | None = None,
-    pack: int | Sequence[int] | None = None,
+    pack: Sides | None = None,
     store: str | None = None,
 ) -> Data:
     """Images of every mode as RGB; classes are the folders' names in order, and the same in every split.

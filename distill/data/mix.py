@@ -11,13 +11,14 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from distill.errors import UsageError
+from distill.schema.ranges import Positive
 
 
 @dataclass(frozen=True)
 class Mixup:
     """λ x + (1 - λ) x', λ ~ Beta(α, α) (Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018)."""
 
-    alpha: float = 0.2
+    alpha: Positive = 0.2
     count = 1
 
     def __post_init__(self):
@@ -37,7 +38,7 @@ class CutMix:
     As in the paper's code, what is outside of the image is cut off, and the share is that of the pixels left.
     """
 
-    alpha: float = 1.0
+    alpha: Positive = 1.0
     count = 3
 
     def __post_init__(self):

@@ -7,13 +7,16 @@ what moves in is black, pixels are the nearest.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from distill.data import color
 from distill.errors import UsageError
+from distill.schema.ranges import Count
 from distill.types import ImageSize
 
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
@@ -31,8 +34,8 @@ LEVELS = 30
 class RandAugment:
     """`ops` operations in a row, each at `magnitude` of 30 (Cubuk et al., "RandAugment", NeurIPS 2020)."""
 
-    ops: int = 2
-    magnitude: int = 9
+    ops: Count = 2
+    magnitude: Annotated[int, Interval(ge=0, le=30)] = 9
 
     def __post_init__(self):
         if self.ops < 1 or not 0 <= self.magnitude <= LEVELS:

@@ -26,6 +26,7 @@ from distill.data.files import DECODED, Encoded, header, read
 from distill.errors import UsageError, UserError
 from distill.files import atomic, file_stamp
 from distill.progress import say
+from distill.schema.ranges import Count, Inside, Number, Seed, Sides
 from distill.types import checked_size, sides
 
 LONGEST = 10_000_000  # bytes of an image's description
@@ -34,17 +35,17 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def webdataset(
     train: str,
-    batch_size: int,
-    num_workers: int | None,
+    batch_size: Count,
+    num_workers: Number | None,
     val: str | None = None,
     test: str | None = None,
     classes: Sequence[str] | str | None = None,
-    image_size: int | Sequence[int] | None = None,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    split_seed: int = 0,
+    image_size: Sides | None = None,
+    val_fraction: Inside = 0.1,
+    test_fraction: Inside = 0.2,
+    split_seed: Seed = 0,
     augment: Mapping[str, Callable] | None = None,
-    pack: int | Sequence[int] | None = None,
+    pack: Sides | None = None,
     store: str | None = None,
 ) -> Data:
     """Images in tar shards; what of val and test is not given is cut, and what is small is packed, as by `imagefolder`.

@@ -6,9 +6,11 @@ import ast
 import json
 import re
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from distill.errors import UsageError, UserError
@@ -20,7 +22,14 @@ OPSETS = range(18, 24)  # what torch.onnx writes; ONNX Runtime reads the newest 
 METADATA = "distill"  # the key in the file's metadata_props
 
 
-def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict, *, opset: int = OPSETS[-1]) -> list[Artifact]:
+def export(
+    net: nn.Module,
+    example: Tensor,
+    stem: Path,
+    metadata: dict,
+    *,
+    opset: Annotated[int, Interval(ge=18, le=23)] = OPSETS[-1],
+) -> list[Artifact]:
     """Writes stem.onnx: "images" (batch, C, H, W) to "logits" (batch, K).
 
     Args:

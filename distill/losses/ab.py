@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.losses.stages import StageLoss, conv_norm, doubling
+from distill.schema.ranges import NotNegative, TapPairs
 
 
 def ab(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], margin: float) -> Tensor:
@@ -36,7 +37,7 @@ class AB(StageLoss):
         margin: μ, at least 0.
     """
 
-    def __init__(self, taps, margin: float = 1.0):
+    def __init__(self, taps: TapPairs, margin: NotNegative = 1.0):
         super().__init__(taps, student_part=":pre", teacher_part=":pre")
         self.margin = margin
 

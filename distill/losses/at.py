@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.project import as_map, to_same_space
 from distill.losses.relations import unit
+from distill.schema.ranges import TapPairs
 
 
 def attention(features: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class AT(Loss):
         UserError: a tap is a vector, which has no attention over space.
     """
 
-    def __init__(self, taps):
+    def __init__(self, taps: TapPairs):
         super().__init__()
         pairs = dict(taps) if hasattr(taps, "items") else {tap: tap for tap in taps}
         self.student_taps, self.teacher_taps = tuple(pairs), tuple(pairs.values())

@@ -16,6 +16,7 @@ from distill.losses.base import Loss
 from distill.losses.project import as_map
 from distill.losses.relations import unit
 from distill.losses.stages import need_maps
+from distill.schema.ranges import Count
 
 
 def class_maps(maps: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class CATKD(Loss):
     """
 
     def __init__(
-        self, student_tap: str = "last", teacher_tap: str = "last", resolution: int = 2, normalize: bool = False
+        self, student_tap: str = "last", teacher_tap: str = "last", resolution: Count = 2, normalize: bool = False
     ):
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap, "head:weight"), (teacher_tap, "head:weight")

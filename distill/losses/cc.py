@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from distill.losses.base import Loss
 from distill.losses.relations import unit, vectors
+from distill.schema.ranges import Count, Positive
 
 
 def correlation(embeddings: Tensor, gamma: float, order: int) -> Tensor:
@@ -42,7 +43,9 @@ class CC(Loss):
         UserError: a batch of 1.
     """
 
-    def __init__(self, student_tap: str = "pooled", teacher_tap: str = "pooled", gamma: float = 0.4, order: int = 2):
+    def __init__(
+        self, student_tap: str = "pooled", teacher_tap: str = "pooled", gamma: Positive = 0.4, order: Count = 2
+    ):
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.gamma, self.order = gamma, order

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.losses.base import Loss
+from distill.schema.ranges import BelowOne
 
 
 class CE(Loss):
@@ -17,7 +18,7 @@ class CE(Loss):
 
     needs_teacher = False
 
-    def __init__(self, label_smoothing: float = 0.0):
+    def __init__(self, label_smoothing: BelowOne = 0.0):
         super().__init__()
         self.label_smoothing = label_smoothing
 

@@ -13,6 +13,7 @@ bank (N, n) and M of those scores are taken, which is smaller than M embeddings 
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.relations import unit
+from distill.schema.ranges import BelowOne, Count, Positive, Seed
 
 
 def crd(scores: Tensor, log_z: Tensor, rows: int) -> Tensor:
@@ -70,12 +72,12 @@ class CRD(Loss):
         self,
         student_tap: str = "pooled",
         teacher_tap: str = "pooled",
-        feature_dim: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        mode: str = "exact",
-        seed: int = 0,
+        feature_dim: Count = 128,
+        negatives: Count = 16384,
+        temperature: Positive = 0.07,
+        momentum: BelowOne = 0.5,
+        mode: Literal["exact", "relax"] = "exact",
+        seed: Seed = 0,
     ):
         super().__init__()
         if mode not in ("exact", "relax"):
@@ -130,7 +132,7 @@ class CRD(Loss):
         """Rows of the training set (N, 1 + M): the positive, then M of other classes, uniformly."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         generator = torch.Generator(index.device)
-        generator.manual_seed((self.seed * 1_000_003 + rank) * 1_000_000_007 + int(self.batches))
+        generator.manual_seed(((self.seed * 1_000_003 + rank) * 1_000_000_007 + int(self.batches)) % 2**63)
         uniform = torch.rand(
             len(index), 1 + self.negatives, generator=generator, device=index.device, dtype=torch.float64
         )

@@ -19,6 +19,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from distill.losses.logits import LogitLoss, soft_kl
+from distill.schema.ranges import NotNegative, Positive
 
 
 def reversal(epoch: float | Tensor, epochs: float) -> Tensor:
@@ -53,7 +54,9 @@ class CTKD(LogitLoss):
         standardize: of z-scored logits.
     """
 
-    def __init__(self, t_start: float = 1.0, t_span: float = 20.0, epochs: float = 10.0, standardize: bool = False):
+    def __init__(
+        self, t_start: Positive = 1.0, t_span: NotNegative = 20.0, epochs: Positive = 10.0, standardize: bool = False
+    ):
         super().__init__(standardize)
         self.t_start, self.t_span, self.epochs = t_start, t_span, epochs
         self.theta = nn.Parameter(torch.ones(()))

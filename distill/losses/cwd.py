@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.losses.stages import StageLoss, align
+from distill.schema.ranges import Positive, TapPairs
 
 
 def cwd(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], temperature: float) -> Tensor:
@@ -33,7 +34,7 @@ class CWD(StageLoss):
         temperature: T > 0.
     """
 
-    def __init__(self, taps, temperature: float = 4.0):
+    def __init__(self, taps: TapPairs, temperature: Positive = 4.0):
         super().__init__(taps)
         self.temperature = temperature
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.logits import soft_kl
+from distill.schema.ranges import Positive
 
 
 def deit(dist_logits: Tensor, teacher_logits: Tensor, hard: bool, temperature: float) -> Tensor:
@@ -36,7 +37,7 @@ class DeiT(Loss):
         UserError: the tap does not hold logits.
     """
 
-    def __init__(self, hard: bool = True, temperature: float = 3.0, student_tap: str = "dist_head"):
+    def __init__(self, hard: bool = True, temperature: Positive = 3.0, student_tap: str = "dist_head"):
         super().__init__()
         self.hard, self.temperature = hard, temperature
         self.student_taps = (student_tap,)

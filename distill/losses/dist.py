@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.losses.logits import LogitLoss
+from distill.schema.ranges import NotNegative, Positive
 
 FLAT = 1e-6  # of a row's deviations from its mean, their norm: below it a gradient would be 1e6 times rounding
 
@@ -45,7 +46,9 @@ class DIST(LogitLoss):
         UserError: a batch of one image, in which a class has no correlation.
     """
 
-    def __init__(self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0, standardize: bool = False):
+    def __init__(
+        self, beta: NotNegative = 2.0, gamma: NotNegative = 2.0, temperature: Positive = 4.0, standardize: bool = False
+    ):
         super().__init__(standardize)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 

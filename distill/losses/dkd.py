@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.losses.logits import LogitLoss, others, soft_kl
+from distill.schema.ranges import NotNegative, Positive
 
 
 def target_or_not(logits: Tensor, labels: Tensor) -> Tensor:
@@ -40,7 +41,9 @@ class DKD(LogitLoss):
         standardize: of z-scored logits.
     """
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, standardize: bool = False):
+    def __init__(
+        self, alpha: NotNegative = 1.0, beta: NotNegative = 8.0, temperature: Positive = 4.0, standardize: bool = False
+    ):
         super().__init__(standardize)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from distill.losses.relations import unit
 from distill.losses.stages import StageLoss
+from distill.schema.ranges import NotNegative, Positive, TapPairs
 
 
 def ft(student_factors: Tensor, teacher_factors: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class FT(StageLoss):
         reconstruction: ρ.
     """
 
-    def __init__(self, taps, rate: float = 0.5, reconstruction: float = 0.002):
+    def __init__(self, taps: TapPairs, rate: Positive = 0.5, reconstruction: NotNegative = 0.002):
         super().__init__(taps)
         self.rate, self.reconstruction = rate, reconstruction
 

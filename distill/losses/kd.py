@@ -9,6 +9,7 @@ weight 0.1, weight 0.9: the CIFAR-100 setting of Tian et al., ICLR 2020.
 from torch import Tensor
 
 from distill.losses.logits import LogitLoss, soft_kl
+from distill.schema.ranges import Positive
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -24,7 +25,7 @@ class KD(LogitLoss):
         standardize: of z-scored logits.
     """
 
-    def __init__(self, temperature: float = 4.0, standardize: bool = False):
+    def __init__(self, temperature: Positive = 4.0, standardize: bool = False):
         super().__init__(standardize)
         self.temperature = temperature
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.stages import StageLoss, align
+from distill.schema.ranges import BelowOne, TapPairs
 
 
 def mgd(generated: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -45,7 +46,7 @@ class MGD(StageLoss):
         masked: λ in [0, 1), the share of channels that are hidden, drawn anew for every image and step.
     """
 
-    def __init__(self, taps, masked: float = 0.15):
+    def __init__(self, taps: TapPairs, masked: BelowOne = 0.15):
         super().__init__(taps)
         self.masked = masked
 

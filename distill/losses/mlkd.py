@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.losses.base import Loss
 from distill.losses.logit_standardization import standardize as z_scores
 from distill.losses.logits import soft_kl
+from distill.schema.ranges import NotNegative, Positives
 
 
 def mlkd(
@@ -53,10 +54,10 @@ class MLKD(Loss):
 
     def __init__(
         self,
-        temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
-        instance: float = 1.5,
-        batch: float = 0.5,
-        classes: float = 0.5,
+        temperatures: Positives = (2.0, 3.0, 4.0, 5.0, 6.0),
+        instance: NotNegative = 1.5,
+        batch: NotNegative = 0.5,
+        classes: NotNegative = 0.5,
         standardize: bool = False,
     ):
         super().__init__()

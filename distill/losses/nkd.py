@@ -12,6 +12,7 @@ issue 16 calls it a mistake); this follows the others and the paper.
 from torch import Tensor
 
 from distill.losses.logits import LogitLoss, others, soft_cross_entropy, target_cross_entropy
+from distill.schema.ranges import NotNegative, Positive
 
 
 def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float, temperature: float) -> Tensor:
@@ -30,7 +31,7 @@ class NKD(LogitLoss):
         standardize: of z-scored logits.
     """
 
-    def __init__(self, gamma: float = 3.5, temperature: float = 3.0, standardize: bool = False):
+    def __init__(self, gamma: NotNegative = 3.5, temperature: Positive = 3.0, standardize: bool = False):
         super().__init__(standardize)
         self.gamma, self.temperature = gamma, temperature
 

@@ -15,7 +15,6 @@ cached logits are enough, and patches are not merged beforehand.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from distill.losses.base import Loss
 from distill.losses.stages import need_maps
+from distill.schema.ranges import Positive, Taps
 
 
 def ofa(logits: Tensor, teacher_logits: Tensor, labels: Tensor, exponent: float, temperature: float) -> Tensor:
@@ -88,7 +88,7 @@ class OFA(Loss):
         temperature: T.
     """
 
-    def __init__(self, taps: Sequence[str], exponent: float = 1.0, temperature: float = 1.0):
+    def __init__(self, taps: Taps, exponent: Positive = 1.0, temperature: Positive = 1.0):
         super().__init__()
         self.student_taps = tuple(taps)
         self.exponent, self.temperature = exponent, temperature

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.losses.stages import StageLoss, conv_norm, doubling
+from distill.schema.ranges import TapPairs
 
 
 def margin(weight: Tensor, bias: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class OFD(StageLoss):
         UserError: a teacher's stage has no batch norm of as many channels as its maps.
     """
 
-    def __init__(self, taps):
+    def __init__(self, taps: TapPairs):
         super().__init__(taps, student_part=":pre", teacher_part=":pre")
         stages = [tap.partition(":")[0] for tap in self.teacher_taps]
         self.norms = [(f"{stage}:norm.weight", f"{stage}:norm.bias") for stage in stages]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from distill.losses.project import as_map
 from distill.losses.stages import StageLoss, conv_norm, need_two
+from distill.schema.ranges import TapPairs
 
 LEVELS = (4, 2, 1)
 
@@ -72,7 +73,7 @@ class ReviewKD(StageLoss):
     at_least = 2
     takes_vectors = True
 
-    def __init__(self, taps):
+    def __init__(self, taps: TapPairs):
         super().__init__(taps, teacher_part=":pre")
 
     def build(self, student, teacher, data) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from distill.losses.base import Loss
 from distill.losses.relations import unit, vectors
+from distill.schema.ranges import NotNegative
 
 
 def distances(differences: Tensor) -> Tensor:
@@ -51,8 +52,8 @@ class RKD(Loss):
         self,
         student_tap: str = "pooled",
         teacher_tap: str = "pooled",
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
+        distance_weight: NotNegative = 25.0,
+        angle_weight: NotNegative = 50.0,
     ):
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)

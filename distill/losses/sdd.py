@@ -19,6 +19,7 @@ from distill.losses.base import Loss
 from distill.losses.logit_standardization import standardize as z_scores
 from distill.losses.logits import soft_kl
 from distill.losses.project import as_map
+from distill.schema.ranges import Counts, NotNegative, Positive
 
 
 def cell_logits(maps: Tensor, weight: Tensor, bias: Tensor, scales: Sequence[int]) -> Tensor:
@@ -53,9 +54,9 @@ class SDD(Loss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
-        complementary: float = 2.0,
-        scales: Sequence[int] = (1, 2, 4),
+        temperature: Positive = 4.0,
+        complementary: NotNegative = 2.0,
+        scales: Counts = (1, 2, 4),
         student_tap: str = "last",
         teacher_tap: str = "last",
         standardize: bool = False,

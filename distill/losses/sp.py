@@ -7,12 +7,11 @@ The last stage and weight 3000: Tian et al., ICLR 2020, in a form that the autho
 Rows are normalised, not columns or the whole. Channels and space of a pair may differ.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from distill.losses.base import Loss
 from distill.losses.relations import unit, vectors
+from distill.schema.ranges import TapPairs
 
 
 def similarity(activations: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ class SP(Loss):
         UserError: a batch of 1.
     """
 
-    def __init__(self, taps: Sequence[str] = ("last",)):
+    def __init__(self, taps: TapPairs = ("last",)):
         super().__init__()
         pairs = dict(taps) if hasattr(taps, "items") else {tap: tap for tap in taps}
         self.student_taps, self.teacher_taps = tuple(pairs), tuple(pairs.values())

@@ -9,6 +9,9 @@ released code (ε = 1e-4 in the batch norms, weight 1). Its minimum is not zero:
 finite at equal features.
 """
 
+from typing import Annotated
+
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from distill.losses.base import Loss
@@ -30,7 +33,12 @@ class SRD(Loss):
         exponent: α, at least 2.
     """
 
-    def __init__(self, student_tap: str = "pooled", teacher_tap: str = "pooled", exponent: float = 4.0):
+    def __init__(
+        self,
+        student_tap: str = "pooled",
+        teacher_tap: str = "pooled",
+        exponent: Annotated[float, Ge(2)] = 4.0,
+    ):
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
         self.exponent = exponent

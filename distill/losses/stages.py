@@ -1,12 +1,13 @@
 """What losses over stages share: their taps, the checks of those taps, and the layers between two stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.project import as_map, to_same_space
+from distill.schema.ranges import TapPairs
 from distill.types import Outputs
 
 
@@ -25,7 +26,7 @@ class StageLoss(Loss):
     at_least = 1
     takes_vectors = False
 
-    def __init__(self, taps: Sequence[str] | Mapping[str, str], student_part: str = "", teacher_part: str = ""):
+    def __init__(self, taps: TapPairs, student_part: str = "", teacher_part: str = ""):
         super().__init__()
         pairs = dict(taps) if hasattr(taps, "items") else {tap: tap for tap in taps}
         if len(pairs) < self.at_least:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.losses.base import Loss
+from distill.schema.ranges import Positive, UpToOne
 
 
 def tfkd(student_logits: Tensor, labels: Tensor, temperature: float, correct: float) -> Tensor:
@@ -37,7 +38,7 @@ class TfKD(Loss):
 
     needs_teacher = False
 
-    def __init__(self, temperature: float = 20.0, correct: float = 0.99):
+    def __init__(self, temperature: Positive = 20.0, correct: UpToOne = 0.99):
         super().__init__()
         self.temperature, self.correct = temperature, correct
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from distill.losses.base import Loss
 from distill.losses.logits import others
 from distill.losses.project import as_map
+from distill.schema.ranges import NotNegative
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ class USKD(Loss):
 
     needs_teacher = False
 
-    def __init__(self, alpha: float = 0.1, beta: float = 0.1, mu: float = 0.1, tap: str = "stage2"):
+    def __init__(self, alpha: NotNegative = 0.1, beta: NotNegative = 0.1, mu: NotNegative = 0.1, tap: str = "stage2"):
         super().__init__()
         self.alpha, self.beta, self.mu = alpha, beta, mu
         self.student_taps = (tap,)

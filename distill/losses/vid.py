@@ -9,12 +9,15 @@ the mean stands for the paper's sum; weight 1 is that of Tian et al., ICLR 2020,
 
 import math
 from itertools import pairwise
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.losses.stages import StageLoss
+from distill.schema.ranges import TapPairs
 
 FLOOR = 1e-5  # ε
 
@@ -49,7 +52,7 @@ class VID(StageLoss):
 
     takes_vectors = True
 
-    def __init__(self, taps, variance: float = 5.0):
+    def __init__(self, taps: TapPairs, variance: Annotated[float, Gt(1e-5)] = 5.0):
         super().__init__(taps)
         self.variance = variance
 

@@ -1,6 +1,7 @@
 """A loss's weight over the epochs."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from distill.errors import UsageError
@@ -23,15 +24,18 @@ def weight_at(weight: float | Sequence[Sequence[float]], epoch: float) -> float:
 
 
 def check_weight(name: str, weight) -> None:
-    """Raises UsageError unless `weight` is a number or a list of [epoch, value] with epochs that do not fall."""
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+    """Raises UsageError unless `weight` is a finite number of at least 0, or a list of [epoch, value] of such numbers
+    whose epochs do not fall."""
+    if _weighs(weight):
         return
     points = weight if isinstance(weight, list) else []
-    numbers = all(isinstance(point, list) and len(point) == 2 for point in points) and all(
-        isinstance(value, (int, float)) for point in points for value in point
-    )
+    numbers = all(isinstance(point, list) and len(point) == 2 and all(map(_weighs, point)) for point in points)
     if not points or not numbers or any(a[0] > b[0] for a, b in itertools.pairwise(points)):
         raise UsageError(
-            f"loss.{name}.weight={weight}: expected a number or [[epoch, value], …] in rising epochs, "
-            f"e.g. loss.{name}.weight=[[0,0],[5,1]]"
+            f"loss.{name}.weight={weight}: expected a number of at least 0 or [[epoch, value], …] of such numbers in "
+            f"rising epochs, e.g. loss.{name}.weight=[[0,0],[5,1]]"
         )
+
+
+def _weighs(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from distill.errors import UserError
 from distill.losses.logits import LogitLoss, target_cross_entropy
 from distill.losses.relations import unit
+from distill.schema.ranges import Count, NotNegative, Positive
 
 
 def class_cost(weight: Tensor, sharpness: float) -> Tensor:
@@ -82,11 +83,11 @@ class WKDLogit(LogitLoss):
 
     def __init__(
         self,
-        gamma: float = 800.0,
-        temperature: float = 8.0,
-        entropy: float = 0.05,
-        iterations: int = 10,
-        sharpness: float = 1.0,
+        gamma: NotNegative = 800.0,
+        temperature: Positive = 8.0,
+        entropy: Positive = 0.05,
+        iterations: Count = 10,
+        sharpness: Positive = 1.0,
         head: str = "head:weight",
         standardize: bool = False,
     ):

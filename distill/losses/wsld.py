@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.losses.logits import LogitLoss, soft_cross_entropy
+from distill.schema.ranges import Positive
 
 
 def wsld(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -32,7 +33,7 @@ class WSLD(LogitLoss):
         standardize: of z-scored logits.
     """
 
-    def __init__(self, temperature: float = 4.0, standardize: bool = False):
+    def __init__(self, temperature: Positive = 4.0, standardize: bool = False):
         super().__init__(standardize)
         self.temperature = temperature
 

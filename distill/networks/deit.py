@@ -6,6 +6,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from distill.errors import UserError
 from distill.networks.stem import SMALL
+from distill.schema.ranges import Count
 from distill.types import ImageSize, square
 
 
@@ -40,12 +41,12 @@ class DeiT(VisionTransformer):
 
 
 def deit(
-    num_classes: int,
+    num_classes: Count,
     image_size: ImageSize,
-    width: int = 192,
-    depth: int = 12,
-    heads: int = 3,
-    patch_size: int | None = None,
+    width: Count = 192,
+    depth: Count = 12,
+    heads: Count = 3,
+    patch_size: Count | None = None,
 ) -> DeiT:
     """A DeiT of `depth` blocks; the defaults are DeiT-Ti (5.9 million weights at 224 px).
 

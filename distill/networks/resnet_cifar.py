@@ -5,11 +5,13 @@ wider variants "8x4" and "32x4" are those of the CRD benchmark: Tian et al., 202
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.schema.ranges import Count, ResNetDepth, Widths
 
 
 class PadShortcut(nn.Module):
@@ -82,7 +84,11 @@ def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, shortc
 
 
 def resnet(
-    depth: int, num_classes: int, widths: Sequence[int] = (16, 32, 64), stem: int = 16, shortcut: str = "A"
+    depth: ResNetDepth,
+    num_classes: Count,
+    widths: Widths = (16, 32, 64),
+    stem: Count = 16,
+    shortcut: Literal["A", "B"] = "A",
 ) -> ResNet:
     """ResNet of `depth` = 6n + 2 layers: (N, 3, H, W) to (N, num_classes).
 

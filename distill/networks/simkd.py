@@ -14,6 +14,7 @@ from torch import nn
 from distill.errors import UserError
 from distill.networks.taps import dry_run, heads, out_of_place
 from distill.networks.weights import read_state
+from distill.schema.ranges import Count
 from distill.types import ImageSize
 
 FACTOR = 2  # how much narrower the projector is than the teacher
@@ -33,7 +34,7 @@ def projector(channels: int, width: int) -> nn.Sequential:
 
 
 def simkd(
-    body: Callable[..., nn.Module], num_classes: int, image_size: ImageSize, width: int, weights: str | None = None
+    body: Callable[..., nn.Module], num_classes: Count, image_size: ImageSize, width: Count, weights: str | None = None
 ) -> nn.Module:
     """The network `body` with a projector before its last pooling ("POOL.project") and a classifier of `width` inputs.
 

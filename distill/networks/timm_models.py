@@ -6,10 +6,11 @@ from torch import nn
 
 from distill.errors import UserError
 from distill.networks.taps import dry_run, out_of_place
+from distill.schema.ranges import Count
 from distill.types import ImageSize, in_px
 
 
-def classifier(name: str, num_classes: int, image_size: ImageSize, pretrained: bool = False) -> nn.Module:
+def classifier(name: str, num_classes: Count, image_size: ImageSize, pretrained: bool = False) -> nn.Module:
     """Images (N, 3, H, W) to logits (N, num_classes), as timm makes it.
 
     Args:

@@ -16,10 +16,11 @@ from distill.errors import UserError
 from distill.networks.stem import SMALL, for_small_images
 from distill.networks.taps import dry_run, heads, out_of_place
 from distill.networks.weights import at_positions
+from distill.schema.ranges import Count
 from distill.types import ImageSize, sides, square
 
 
-def classifier(name: str, num_classes: int, image_size: ImageSize, weights: str | None = None) -> nn.Module:
+def classifier(name: str, num_classes: Count, image_size: ImageSize, weights: str | None = None) -> nn.Module:
     """Images (N, 3, H, W) to logits (N, num_classes).
 
     Args:

@@ -4,9 +4,12 @@ Source: Simonyan and Zisserman, 2014 (arXiv:1409.1556), in the form of the CRD b
 (arXiv:1910.10699), section 4 (convolutions keep their bias, so that parameter counts agree).
 """
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.schema.ranges import Count
 from distill.types import ImageSize, sides
 
 CONVOLUTIONS = {8: 1, 13: 2}  # depth: convolutions in each of the five blocks
@@ -45,7 +48,7 @@ def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def vgg(depth: int, num_classes: int, image_size: ImageSize) -> VGG:
+def vgg(depth: Literal[8, 13], num_classes: Count, image_size: ImageSize) -> VGG:
     """VGG-8 or VGG-13: (N, 3, H, W) to (N, num_classes). With sides above 32 px the last block but one halves too.
 
     Raises:

@@ -6,6 +6,7 @@ Source: Zagoruyko and Komodakis, Wide Residual Networks, 2016 (arXiv:1605.07146)
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.schema.ranges import Count, WideDepth
 
 
 class PreActivationBlock(nn.Module):
@@ -60,7 +61,7 @@ def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.
     return nn.Sequential(first, *(PreActivationBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
-def wrn(depth: int, width: int, num_classes: int) -> WideResNet:
+def wrn(depth: WideDepth, width: Count, num_classes: Count) -> WideResNet:
     """WRN-`depth`-`width`, `depth` = 6n + 4, without dropout: (N, 3, H, W) to (N, num_classes).
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from distill.errors import UserError
@@ -22,3 +23,11 @@ def read_record(folder: Path) -> dict:
     if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
         raise UserError(f"{folder}/run.json is damaged, or not one of ours ({(wrong or ['overrides'])[0]})")
     return record
+
+
+def added(recorded: list[str], words: list[str]) -> list[str]:
+    """A run's recorded words with those of the command line that continues it: a group chosen anew forgets what was set
+    in the old one."""
+    words = [word for word in words if not word.startswith("run=")]
+    again = {word.partition("=")[0] for word in words}
+    return [*(word for word in recorded if re.split("[.=]", word)[0] not in again), *words]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from distill.networks.weights import save_weights
 from distill.progress import leads
 from distill.runs import trust
 from distill.runs.moved import present, renamed
-from distill.runs.records import read_record
+from distill.runs.records import added, read_record
 from distill.runs.student import STARTING_POINT, STUDENT, STUDENT_LAST, read_description, rebuild, without
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
@@ -215,11 +214,8 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
 
 def _continued(folder: Path, recorded: list[str], words: list[str], trusts: bool) -> tuple[DictConfig, list[str]]:
     """The configuration of a run's recorded words with those of the present command line, and these words."""
-    words = [word for word in words if not word.startswith("run=")]
     given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
-    # a group chosen anew forgets what was set in the old one
-    again = {word.partition("=")[0] for word in words}
-    words = [*(word for word in recorded if re.split("[.=]", word)[0] not in again), *words]
+    words = added(recorded, words)
     cfg = present(compose("train", words))
     if not trusts:
         trust.check(OmegaConf.to_container(cfg, resolve=True), folder, given)

@@ -316,6 +316,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_top_k(top_k: int | None, classes: int) -> None:
+    """Raises UsageError where so many are no part of a row's logits."""
+    if top_k is not None and not 0 < top_k < classes:
+        raise UsageError(f"cache.top_k={top_k}: expected 1 to {classes - 1}, fewer than the classes")
+
+
+def reads(features: Iterable[str]) -> str:
+    """Why a cache of logits isn't enough."""
+    return f"the losses read the teacher's {', '.join(features)} too (cache=features keeps them)"
+
+
 def open_cache(
     teacher: Teacher, data: Data, example: Outputs, views: int, options: Mapping, identify: Callable[..., dict]
 ) -> Cached | None:
@@ -333,14 +344,13 @@ def open_cache(
     mode, dtype, top_k = options["keep"], options["dtype"], options["top_k"]
     if dtype not in DTYPES:
         raise UsageError(f"cache.dtype={dtype}: choose one of {', '.join(DTYPES)}")
-    if top_k is not None and not 0 < top_k < example.logits.shape[1]:
-        raise UsageError(f"cache.top_k={top_k}: expected 1 to {example.logits.shape[1] - 1}, fewer than the classes")
+    check_top_k(top_k, example.logits.shape[1])
     features = [name for name in example.features if name not in teacher.network.tensors()]
     reason = None
     if not teacher.fixed:
         reason = f"the teacher ({type(teacher).__name__}) changes while it teaches"
     elif features and mode != "features":
-        reason = f"the losses read the teacher's {', '.join(features)} too (cache=features keeps them)"
+        reason = reads(features)
     if reason and mode == "auto":
         say(f"cache: none, {reason}")
         return None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.schema.ranges import Positives
 from distill.types import Outputs
 
 
@@ -24,7 +25,7 @@ class Committee(nn.Module):
         UserError: no members, weights that don't fit, members of different classes.
     """
 
-    def __init__(self, members: Iterable[nn.Module], weights: Sequence[float] | None = None):
+    def __init__(self, members: Iterable[nn.Module], weights: Positives | None = None):
         super().__init__()
         self.members = nn.ModuleList(members)
         weights = [1.0] * len(self.members) if weights is None else list(weights)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.networks.network import Network
+from distill.schema.ranges import BelowOne
 from distill.teachers.base import Teacher
 from distill.types import Batch, Outputs
 
@@ -26,7 +27,7 @@ class Ema(Teacher):
 
     fixed = False
 
-    def __init__(self, student: Network, decay: float = 0.999):
+    def __init__(self, student: Network, decay: BelowOne = 0.999):
         super().__init__()
         if not 0 <= decay < 1:
             raise UserError(f"teacher.decay={decay}: expected a number from 0 to below 1, such as 0.999")

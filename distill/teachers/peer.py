@@ -5,6 +5,7 @@ from torch import Tensor
 from distill.losses.ce import CE
 from distill.losses.kd import kd
 from distill.networks.network import Network
+from distill.schema.ranges import BelowOne, NotNegative, Positive
 from distill.teachers.base import Teacher
 from distill.types import Batch, Outputs
 
@@ -26,7 +27,9 @@ class Peer(Teacher):
 
     fixed, learns = False, True
 
-    def __init__(self, network: Network, temperature: float = 1.0, weight: float = 1.0, label_smoothing: float = 0.0):
+    def __init__(
+        self, network: Network, temperature: Positive = 1.0, weight: NotNegative = 1.0, label_smoothing: BelowOne = 0.0
+    ):
         super().__init__()
         self.network = network
         self.temperature, self.weight = temperature, weight

@@ -25,9 +25,9 @@ def connect(
     Raises:
         UserError: a network that doesn't answer with one logit a class, a tap that isn't there.
     """
-    _keep(student, "student", terms)
+    keep(student, "student", terms)
     if teacher is not None:
-        _keep(teacher.network, "teacher", terms)
+        keep(teacher.network, "teacher", terms)
     rows = torch.arange(2) % len(data.train)
     batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
     student_outputs = _dry_run(student, batch, data)
@@ -53,7 +53,8 @@ def connect(
     return teacher_outputs
 
 
-def _keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
+def keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
+    """Record what the losses read of the student or teacher. Raises UserError where it has no such thing."""
     for name, loss in terms.items():
         try:
             network.keep(getattr(loss, f"{role}_taps"))

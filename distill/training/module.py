@@ -112,7 +112,7 @@ class Distill(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         step = self.current_epoch * 100_003 + batch_idx
-        torch.manual_seed(self.seed * 1_000_003 + self.global_rank * 1_000_000_007 + step)
+        torch.manual_seed((self.seed * 1_000_003 + self.global_rank * 1_000_000_007 + step) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         student = self._answer(batch.images)

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from distill.schema.ranges import NotNegative, Share, UpToOne
 
-def cosine(epoch: float, epochs: float, warmup: float = 0.0, floor: float = 0.0) -> float:
+
+def cosine(epoch: float, epochs: float, warmup: NotNegative = 0.0, floor: Share = 0.0) -> float:
     """Factor of the learning rate: linear from 0 to 1 over `warmup` epochs, then half a cosine down to `floor`
     at `epochs` (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
     if epoch < warmup:
@@ -14,7 +16,7 @@ def cosine(epoch: float, epochs: float, warmup: float = 0.0, floor: float = 0.0)
 
 
 def multistep(
-    epoch: float, epochs: float, milestones: Sequence[float] = (), gamma: float = 0.1, warmup: float = 0.0
+    epoch: float, epochs: float, milestones: Sequence[NotNegative] = (), gamma: UpToOne = 0.1, warmup: NotNegative = 0.0
 ) -> float:
     """Factor of the learning rate: `gamma` once for every milestone (an epoch) that is passed."""
     factor = gamma ** sum(epoch >= milestone for milestone in milestones)

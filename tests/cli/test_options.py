@@ -169,7 +169,7 @@ def test_the_views_are_those_asked_for_where_the_cache_keeps_none(train, tmp_pat
         ("trainer.max_epochs=0", "at least 1"),
         ("trainer.max_epochs=-1", "at least 1"),
         ("teacher.fit.epochs=-1", "at least 0"),
-        ("trainer.precision=bf8", "choose one of"),
+        ("trainer.precision=bf8", "expected one of auto"),
     ],
 )
 def test_trainer_options_that_cannot_be_honoured_are_refused_by_name(train, tmp_path, capfd, word, reason):
