@@ -9,7 +9,7 @@ from distill.cli.command import command
 @command
 def main(cfg):
     from distill import compress, export
-    from distill.cli import build, roles
+    from distill.cli import build, rehearsal, roles
     from distill.compress.auto import exceeded
     from distill.errors import UserError
     from distill.export.deploy import write_readme
@@ -23,6 +23,12 @@ def main(cfg):
         say(f"run: {folder}")
         data = build.data(cfg.data)
 
+        if job.does("check"):
+            rehearsal.tell(cfg, data)
+        if list(cfg.stages) == ["check"]:
+            return
+        if job.does("cache", "distill") and not (folder / "checkpoints").exists():
+            rehearsal.rehearse(cfg, data)  # what can be known is told now
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
         teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
         baseline = cfg.baseline and not given and job.does("distill", "report")

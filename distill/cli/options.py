@@ -26,7 +26,7 @@ from distill.schema.ranges import (
 )
 from distill.schema.signatures import Signature
 
-Stage = Literal["teacher", "cache", "distill", "compress", "export", "report"]
+Stage = Literal["check", "teacher", "cache", "distill", "compress", "export", "report"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 Strategy = Annotated[
     str,

@@ -189,8 +189,6 @@ def _fit_once(cfg, name: str, described, network: Network, losses: Mapping, data
     def train(folder: Path) -> dict:
         if not {"teacher", "cache", "distill"} & set(cfg.stages):
             raise UserError(f"the {name} is not fitted yet ({folder} is empty): add teacher and distill to stages")
-        student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-        _check_taps(cfg, "student", student)  # not after hours of the teacher's training
         kind = type(network.net).__name__
         say(f"{name}: fitting {kind} on the labels for {recipe.epochs} epochs → {folder / 'weights.safetensors'}")
         return fit(network, None, losses, data, recipe, folder)[recipe.select]

@@ -21,6 +21,7 @@ from distill.runtimes.artifact import Artifact, Model, describe, publish
 FLOW = "xnnpack"
 MOST = 8
 METADATA = "metadata"  # the method of the file that returns the metadata as JSON
+PACKAGES = ("executorch", "torchao")  # what it needs besides this package's own dependencies
 
 
 def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:

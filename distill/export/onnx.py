@@ -20,6 +20,7 @@ from distill.runtimes.artifact import Artifact, Model, describe, publish
 FLOW = "onnx"
 OPSETS = range(18, 24)  # what torch.onnx writes; ONNX Runtime reads the newest from 1.22 on
 METADATA = "distill"  # the key in the file's metadata_props
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # what it needs besides this package's own dependencies
 
 
 def export(

@@ -19,7 +19,7 @@ from conftest import QUICK, ROOT
         (["baseline=maybe"], "baseline=maybe: expected true or false"),
         (
             ["stages=[train]"],
-            "stages=[train]: expected a list, each entry one of teacher, cache, distill",
+            "stages=[train]: expected a list, each entry one of check, teacher, cache, distill",
         ),
         (["select=first"], "select=first: expected one of best, last"),
         (["run=nowhere"], "run=nowhere is not the folder of a run"),
@@ -67,7 +67,7 @@ def test_help_and_config_errors_answer_without_importing_torch(tmp_path, words):
         (["student.checkpoint=broken.pt"], "broken.pt is broken"),
         (["student.checkpoint=empty.safetensors"], "empty.safetensors is empty"),
         (["data=imagefolder", "data.root=missing"], "missing"),
-        (["loss=[ce,at]", "loss.at.taps=[stage9]"], "loss at, teacher: no tap or layer 'stage9'"),
+        (["loss=[ce,at]", "loss.at.taps=[stage9]"], "loss at, student: no tap or layer 'stage9'"),
         (["teacher=resnet18", "teacher.weights=DEFAULT"], "checkpoint"),
         (["optimizer.lr=1e30", "optimizer.weight_decay=0"], "diverged"),
         (["teacher.fit.epochs=0", "loss.kd.weight=[[3,1],[1,0]]"], "loss.kd.weight"),
