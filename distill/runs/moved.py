@@ -3,14 +3,14 @@
 from omegaconf import DictConfig, OmegaConf
 
 MOVED = {  # old module or name: new one; what lies below goes along
-    "distill.networks": "distill.networks",
-    "distill.training.schedules": "distill.training.schedules",
-    "distill.training.loggers": "distill.training.loggers",
-    "distill.runs.sweeps.SweepTable": "distill.runs.sweeps.SweepTable",
-    "distill.teachers.frozen.Frozen": "distill.teachers.frozen.Frozen",
-    "distill.teachers.committee.Committee": "distill.teachers.committee.Committee",
-    "distill.teachers.peer.Peer": "distill.teachers.peer.Peer",
-    "distill.teachers.ema.Ema": "distill.teachers.ema.Ema",
+    "distill.models": "distill.networks",
+    "distill.schedules": "distill.training.schedules",
+    "distill.loggers": "distill.training.loggers",
+    "distill.runs.SweepTable": "distill.runs.sweeps.SweepTable",
+    "distill.teachers.Frozen": "distill.teachers.frozen.Frozen",
+    "distill.teachers.Committee": "distill.teachers.committee.Committee",
+    "distill.teachers.Peer": "distill.teachers.peer.Peer",
+    "distill.teachers.Ema": "distill.teachers.ema.Ema",
 }
 
 
