@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +15,7 @@ from distill.cli.hints import meant
 from distill.errors import UsageError
 from distill.files import CONF, config_dirs
 from distill.progress import leads
-from distill.runs.records import added, read_record
+from distill.runs.records import continued, read_record
 from distill.schema.values import Problem, problems
 
 
@@ -78,8 +77,8 @@ def check(cfg: DictConfig, overrides: list[str]) -> None:
     """
     continues = isinstance(cfg.get("run"), str)
     if continues:
-        recorded = read_record(Path(cfg.run))["overrides"]
-        cfg = compose("train", added(recorded, overrides))
+        folder = Path(cfg.run)  # a stranger's, perhaps: its names are judged before any signature is read
+        cfg, _ = continued(folder, read_record(folder)["overrides"], overrides, cfg.trust)
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         key = sorted(missing)[0]

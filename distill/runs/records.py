@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
 from distill.errors import UserError
 from distill.files import MOST, read_json
+from distill.runs import trust
+from distill.runs.moved import present
 
 
 def read_record(folder: Path) -> dict:
@@ -25,9 +30,23 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def added(recorded: list[str], words: list[str]) -> list[str]:
+def _added(recorded: list[str], words: list[str]) -> list[str]:
     """A run's recorded words with those of the command line that continues it: a group chosen anew forgets what was set
     in the old one."""
     words = [word for word in words if not word.startswith("run=")]
     again = {word.partition("=")[0] for word in words}
     return [*(word for word in recorded if re.split("[.=]", word)[0] not in again), *words]
+
+
+def continued(folder: Path, recorded: list[str], words: list[str], trusts: bool) -> tuple[DictConfig, list[str]]:
+    """The configuration of a run's recorded words with those of the present command line, and these words.
+
+    Raises:
+        UserError: it names what isn't this package's, and `trusts` is false; nothing of that has been opened.
+    """
+    given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
+    words = _added(recorded, words)
+    cfg = present(compose("train", words))
+    if not trusts:
+        trust.check(OmegaConf.to_container(cfg, resolve=True), folder, given)
+    return cfg, words

@@ -23,8 +23,8 @@ from distill.networks.network import Network
 from distill.networks.weights import save_weights
 from distill.progress import leads
 from distill.runs import trust
-from distill.runs.moved import present, renamed
-from distill.runs.records import added, read_record
+from distill.runs.moved import renamed
+from distill.runs.records import continued, read_record
 from distill.runs.student import STARTING_POINT, STUDENT, STUDENT_LAST, read_description, rebuild, without
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
@@ -199,7 +199,7 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
         commands = record.get("commands", [record["overrides"]])
         again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
         if cfg.run is not None:
-            cfg, words = _continued(folder, record["overrides"], words, trusts)
+            cfg, words = continued(folder, record["overrides"], words, trusts)
         if begun:
             _refuse_change(folder, record["overrides"], cfg)
         record["overrides"] = words
@@ -210,16 +210,6 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
         with atomic(folder / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     return Run(folder, cfg, record)
-
-
-def _continued(folder: Path, recorded: list[str], words: list[str], trusts: bool) -> tuple[DictConfig, list[str]]:
-    """The configuration of a run's recorded words with those of the present command line, and these words."""
-    given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
-    words = added(recorded, words)
-    cfg = present(compose("train", words))
-    if not trusts:
-        trust.check(OmegaConf.to_container(cfg, resolve=True), folder, given)
-    return cfg, words
 
 
 def _refuse_change(folder: Path, words: list[str], new: DictConfig) -> None:

@@ -28,6 +28,7 @@ KNOWN = (
     "distill.schema.ranges",
 )
 LAZY = ("Iterable", "Collection", "Iterator", "Reversible")  # pydantic doesn't look into them, and YAML gives lists
+BUILTINS = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 OPEN_BASES = re.compile(r"Enum|str|int|float|dict|list|Dict|Mapping|Protocol|Tuple")  # YAML's values may be theirs
 
 
@@ -189,7 +190,7 @@ def _known(owner: Source, node: ast.AST) -> Any:
             return importlib.import_module(alias.name)
     if bound is None and node.id == "object":
         return Any
-    return getattr(builtins, node.id, None) if bound is None else None
+    return BUILTINS.get(node.id) if bound is None else None
 
 
 def _taken(module: ModuleType, name: str) -> Any:
@@ -201,6 +202,8 @@ def _metadata(owner: Source, node: ast.AST) -> Any:
     made = _known(owner, node.func if isinstance(node, ast.Call) else node)
     if made is None or not isinstance(node, ast.Call):
         return made
+    if made in BUILTINS.values():  # what bounds a type is said by KNOWN, and nothing else is called
+        return None
     try:
         arguments = [_literal(each) for each in node.args]
         return made(*arguments, **{each.arg: _literal(each.value) for each in node.keywords})

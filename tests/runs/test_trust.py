@@ -22,6 +22,7 @@ from distill.errors import UserError
 from distill.export import torch_export, torchscript
 from distill.files import read_json, read_yaml
 from distill.runs import tables, trust
+from distill.schema import signatures
 
 WORDS = ["stages=[teacher,distill]", "baseline=false", "compress=[]", "export=[]", "cache=off", "name=theirs"]
 
@@ -128,6 +129,28 @@ def test_a_run_json_names_what_this_package_registers(train, theirs, tmp_path, c
     error = capfd.readouterr().err.splitlines()[-1]
     assert "pathlib.Path" in error and "trust=true" in error
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_annotations_of_what_a_run_json_names_are_not_even_read(train, theirs, tmp_path, monkeypatch, capfd):
+    ran = tmp_path / "ran"
+    (tmp_path / "strange.py").write_text(
+        "from typing import Annotated\nfrom pydantic import ImportString\n"
+        f'def net(depth: Annotated[int, exec("import os; os.mkdir({str(ran)!r})")], name: ImportString = None): ...\n'
+    )
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(ran)!r})\nx = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    record = json.loads((theirs / "run.json").read_text())
+    record["overrides"] += [
+        "student=custom",
+        "student._target_=strange.net",
+        "+student.depth=8",
+        "+student.name=evil.x",
+    ]
+    (theirs / "run.json").write_text(json.dumps(record))
+    assert train(f"run={theirs}", cwd=tmp_path) != 0
+    assert "strange.net" in capfd.readouterr().err and not ran.exists()
+    takes = signatures.read("strange.net")  # and if they were, nothing is called
+    assert takes.types["depth"] is int and not ran.exists()
 
 
 @pytest.mark.parametrize("word", ["hydra.searchpath=[pkg://planted]", "+x@hydra.callbacks=y", "~hydra.run"])
