@@ -25,10 +25,10 @@ def main(cfg):
 
         if job.does("check"):
             rehearsal.tell(cfg, data)
+        elif job.does("cache", "distill") and not (folder / "checkpoints").exists():
+            rehearsal.rehearse(cfg, data)  # what can be known is told now
         if list(cfg.stages) == ["check"]:
             return
-        if job.does("cache", "distill") and not (folder / "checkpoints").exists():
-            rehearsal.rehearse(cfg, data)  # what can be known is told now
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
         teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
         baseline = cfg.baseline and not given and job.does("distill", "report")

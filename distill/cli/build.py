@@ -1,4 +1,4 @@
-"""From configuration to objects: the only file, with train.py and fit.py, that reads `cfg`."""
+"""From configuration to objects: with train.py and the other files of this room all that reads `cfg`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -26,7 +26,7 @@ TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
 
 def command(job):
-    """Make `job(cfg)` the program: `@cli.command def main(cfg)`, then `main()`."""
+    """Make `job(cfg)` the program: `@command def main(cfg)`, then `main()`."""
 
     @functools.wraps(job)
     def guarded(cfg):

@@ -89,7 +89,7 @@ def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed
         epochs = 0 if given else cfg.trainer.max_epochs
     network = build_network(described, data.num_classes, data.image_size, seed, fresh_head=epochs > 0)
     if read:
-        _check_taps(cfg, "teacher", network)
+        _check_taps(cfg, network)
     if epochs > 0:
         own = recipe(cfg).changed(described.fit.lr, epochs=epochs, seed=seed, **TEACHERS)
         return _fit_once(cfg, name, described, network, {"ce": CROSS_ENTROPY}, data, own)
@@ -207,16 +207,16 @@ def ce(cfg: DictConfig) -> dict:
     return {**types.plain(cfg.loss).get("ce", CROSS_ENTROPY), "weight": 1.0}
 
 
-def _check_taps(cfg: DictConfig, role: str, network: Network) -> None:
-    """Raises UserError where the losses of a run that distils read what the student or teacher doesn't have, or what a
-    cache of logits, or a teacher in int8, leaves out."""
+def _check_taps(cfg: DictConfig, network: Network) -> None:
+    """Raises UserError where the losses of a run that distils read what the teacher doesn't have, or what a cache of
+    logits, or a teacher in int8, leaves out."""
     if not {"cache", "distill"} & set(cfg.stages):
         return
     terms = build_losses(cfg.loss)[0]
-    keep(network, role, terms)
+    keep(network, "teacher", terms)
     features = [tap for loss in terms.values() for tap in loss.teacher_taps if tap not in network.tensors()]
     network.keep(())
-    if role == "teacher" and features and cfg.cache.keep == "logits":
+    if features and cfg.cache.keep == "logits":
         raise UsageError(f"cache=logits: {reads(features)}; cache=off asks the teacher every time")
-    if role == "teacher" and features and cfg.teacher.precision == "int8":
+    if features and cfg.teacher.precision == "int8":
         raise UsageError(f"teacher.precision=int8 answers with logits only: {', '.join(features)} can't be read of it")

@@ -166,4 +166,4 @@ def _failing(said: str, finished) -> str:
 
 
 def _missing() -> UserError:
-    return UserError("ExecuTorch files need the package executorch: pip install executorch")
+    return UserError(f"ExecuTorch files need their packages: pip install {' '.join(PACKAGES)}")

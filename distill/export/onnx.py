@@ -177,4 +177,4 @@ def _quantization() -> dict:
 
 
 def _missing() -> UserError:
-    return UserError("ONNX files need their packages: pip install onnx onnxscript onnxruntime")
+    return UserError(f"ONNX files need their packages: pip install {' '.join(PACKAGES)}")

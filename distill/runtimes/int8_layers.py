@@ -12,15 +12,20 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().to(torch.int8), scale
 
 
+def _store(module: nn.Module, layer: nn.Conv2d | nn.Linear) -> None:
+    """The layer's weight, rounded, its scale and its bias as buffers of `module`."""
+    weight, scale = rounded(layer.weight.detach())
+    module.register_buffer("weight", weight)
+    module.register_buffer("scale", scale)
+    module.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+
 class Int8Conv2d(nn.Module):
     """A zero-padded Conv2d whose weight is an int8 buffer (O, I/groups, kh, kw) and a scale (O, 1, 1, 1)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        weight, scale = rounded(conv.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+        _store(self, conv)
         self.stride, self.padding = conv.stride, conv.padding
         self.dilation, self.groups = conv.dilation, conv.groups
 
@@ -36,10 +41,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight, scale = rounded(linear.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        _store(self, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.scale, self.bias)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from test_compress_int8 import Branching
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
@@ -120,17 +121,6 @@ class Twice(nn.Module):
 
     def forward(self, images):
         return self.second(self.conv(self.first(self.conv(images))))
-
-
-class Branching(nn.Module):
-    """torch.fx cannot follow this one."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, images):
-        return self.conv(images) if images.sum() > 0 else images
 
 
 @pytest.mark.parametrize("net", [Twice(), Branching()], ids=["twice", "branching"])
