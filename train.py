@@ -14,9 +14,9 @@ def main(cfg):
     from distill.errors import UserError
     from distill.export.deploy import write_readme
     from distill.progress import leads, say
-    from distill.report import diagnosis, page, parity, tables, verdict
+    from distill.report import diagnosis, page, parity, tables
     from distill.report.evaluate import evaluate
-    from distill.runs import run  # torch is imported from here on
+    from distill.runs import run, verdict  # torch is imported from here on
     from distill.runs.tables import curves
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:

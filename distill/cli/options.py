@@ -128,6 +128,7 @@ class Teacher(Student):
 class Fit:
     epochs: Annotated[int, Ge(0), Field(description=Whole.format(0))] | None
     lr: NotNegative | None
+    seed: Seed
 
 
 class Term:

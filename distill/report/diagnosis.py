@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from distill.report.verdict import Verdict, on_images, points
+from distill.runs.verdict import Verdict, on_images, points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,8 +107,8 @@ def _taught(found: Figures) -> list[str]:
     told = []
     if 1 - found.teacher_train > WRONG:
         told.append(
-            f"{right} only, and what it gets wrong is taught too: fit it longer (teacher.fit.epochs=N), or lean more on "
-            "the labels (loss.ce.weight)"
+            f"{right} only, and what it gets wrong is taught too: fit it longer (teacher.fit.epochs=N), or lean "
+            "more on the labels (loss.ce.weight)"
         )
     if None not in (found.teacher_val, found.confidence_train):
         ahead = found.teacher_train - found.teacher_val

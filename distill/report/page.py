@@ -14,7 +14,7 @@ from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot
 from distill.report.tables import Row, cells, ordered
-from distill.report.verdict import Verdict
+from distill.runs.verdict import Verdict
 from distill.runtimes import measure
 from distill.runtimes.artifact import write as write_file
 

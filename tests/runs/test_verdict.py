@@ -3,14 +3,17 @@
 import json
 from math import comb, sqrt
 
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import ttest_1samp
 from torch import nn
 
 from distill.networks.resnet_cifar import resnet
-from distill.report import diagnosis, verdict
+from distill.report import diagnosis
 from distill.report.diagnosis import Figures
+from distill.runs import verdict
+from distill.runs.sweeps import over_seeds
 from distill.teachers.frozen import Frozen
 
 
@@ -133,3 +136,19 @@ def test_a_student_that_was_made_to_fail_is_diagnosed(train, tmp_path_factory, m
 
 def rolled(outputs):
     return outputs.__class__(outputs.logits.roll(1, 1), outputs.features)
+
+
+def test_runs_that_differ_in_the_seed_alone_get_one_verdict():
+    runs = [("a=1", 0, 0.60, 0.62), ("a=1", 1, 0.61, 0.625), ("a=2", 0, 0.60, 0.50), ("a=1", 2, 0.59, 0.62)]
+    table = pd.DataFrame(
+        [
+            {"options": a, "seed": seed, "status": "done", "test images": 1000, "gain": taught - alone}
+            | {"student alone top-1": alone, "student top-1": taught}
+            for a, seed, alone, taught in runs
+        ]
+    )
+    (line,) = over_seeds(table)
+    assert line.startswith(
+        "a=1, seeds 0, 1, 2 (mean ± standard deviation): student alone 60.00 ± 1.00 %, student 62.17 "
+    )
+    assert "distilling helped: +2.2 points (95 % interval +0.3 to +4.1" in line
