@@ -9,7 +9,7 @@ from distill.cli.command import command
 @command
 def main(cfg):
     from distill import compress, export
-    from distill.cli import build, rehearsal, roles
+    from distill.cli import build, pilots, rehearsal, roles
     from distill.compress.auto import exceeded
     from distill.errors import UserError
     from distill.export.deploy import write_readme
@@ -24,6 +24,7 @@ def main(cfg):
         say(f"run: {folder}")
         data = build.data(cfg.data)
 
+        pilots.check(cfg, job.record["overrides"], data)
         if job.does("check"):
             rehearsal.tell(cfg, data)
         elif job.does("cache", "distill") and not (folder / "checkpoints").exists():
@@ -33,7 +34,10 @@ def main(cfg):
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
         teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
         baseline = cfg.baseline and not given and job.does("distill", "report")
-        alone = roles.student_alone(cfg, data) if baseline else None
+        own = cfg, data  # the student's alone
+        if not given:
+            cfg, own, data = pilots.settle(cfg, job.record["overrides"], teacher, data, folder)
+        alone = roles.student_alone(*own) if baseline else None
 
         if job.does("cache"):
             roles.fill_cache(cfg, teacher, data)
@@ -82,7 +86,7 @@ def main(cfg):
             rows, earlier = tables.with_earlier(rows, folder)
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
-            page.write(rows, folder, job.context(data), failures + earlier, helped, figures)
+            page.write(rows, folder, job.context(data) | pilots.told(folder), failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
