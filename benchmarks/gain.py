@@ -14,6 +14,7 @@ setting has folds, seed k tests on fold k of all images, so that each image is t
 import argparse
 import json
 import os
+import statistics
 import tempfile
 from contextlib import redirect_stdout
 from io import StringIO
@@ -24,9 +25,11 @@ import torch
 import yaml
 
 from benchmarks.epochs import compose
+from benchmarks.paired import record
 from distill import types
 from distill.cli import build, roles
 from distill.networks.build import build_network
+from distill.runs import verdict
 from distill.runtimes.measure import accuracy_on
 from distill.training import fit
 
@@ -104,6 +107,52 @@ def jobs(options, described: dict, done: set) -> list[dict]:
     return found
 
 
+def summary(runs: list[dict]) -> dict[str, dict]:
+    """By setting: the best student alone, and every candidate beside it, mean ± standard deviation over the seeds that
+    both have, gain, 95 % interval and p of the paired differences (see distill.runs.verdict.over_seeds)."""
+    tests: dict[str, dict[str, dict[int, float]]] = {}
+    images = {}
+    for run in runs:
+        tests.setdefault(run["setting"], {}).setdefault(run["candidate"], {})[run["seed"]] = run["test"]
+        images[run["setting"]] = run["images"]
+    found = {}
+    for setting, by_candidate in tests.items():
+        alone = [name for name in by_candidate if name.startswith("alone")]
+        best = max(alone, key=lambda name: (len(by_candidate[name]), statistics.mean(by_candidate[name].values())))
+        reference = by_candidate[best]
+        rows = {}
+        for name, seeds in by_candidate.items():
+            common = sorted(seeds.keys() & reference.keys())
+            values = [seeds[seed] for seed in common]
+            row = {"seeds": len(common), "mean": statistics.mean(values)}
+            if len(common) > 1:
+                row["standard deviation"] = statistics.stdev(values)
+                gains = [seeds[seed] - reference[seed] for seed in common]
+                told = verdict.over_seeds(gains, images[setting])
+                row |= {"gain": told.gain, "low": told.low, "high": told.high, "p": told.p, "shown": told.shown}
+            rows[name] = row
+        found[setting] = {"test images": images[setting], "best alone": best, "candidates": rows}
+    return found
+
+
+def table(found: dict[str, dict]) -> str:
+    """The summary as Markdown; shares as points."""
+    lines = [
+        "| setting | candidate | seeds | top-1 % | gain | 95 % interval |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for setting, rows in found.items():
+        ranked = sorted(rows["candidates"].items(), key=lambda row: -row[1]["mean"])
+        for name, row in ranked:
+            cells = [setting, name, str(row["seeds"]), f"{100 * row['mean']:.1f}", "", ""]
+            if "gain" in row:
+                cells[3] += f" ± {100 * row['standard deviation']:.1f}"
+                if name != rows["best alone"]:
+                    cells[4:] = f"{100 * row['gain']:+.1f}", f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=Path, help="folder of the sets of images; without it nothing is trained")
@@ -124,6 +173,9 @@ def main() -> None:
                 file.write(json.dumps(run) + "\n")
                 file.flush()
                 print(json.dumps(run), flush=True)
+    found = summary(runs)
+    print(table(found))
+    record("benchmarks.gain", options.json, settings=yaml.safe_load(DESCRIBED.read_text()), found=found, runs=runs)
 
 
 if __name__ == "__main__":
