@@ -19,12 +19,14 @@ from distill.progress import leads
 from distill.runs.records import continued, read_record
 from distill.schema.values import Problem, problems
 
-LEAST = 0.1  # of the labels' weight beside a teacher's
+HALF, MOST = 0.5, 0.9  # of a weight of 1: the teacher's part
+LEAST = 0.1  # of it: the labels' part
 
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("taught", taught, replace=True)
     OmegaConf.register_new_resolver("rest_of", rest_of, replace=True)
     store = ConfigStore.instance()
     store.__deepcopy__ = lambda memo: (
@@ -35,6 +37,12 @@ def register(argv: list[str] | None = None) -> None:
         for role in ("teacher", "student"):
             defaults = [{"/role@_here_": role}, {"/network@_here_": file.stem}, "_self_"]
             store.store(group=role, name=file.stem, node={"defaults": defaults})
+
+
+def taught(*weights) -> float:
+    """What the teacher's soft targets weigh: HALF where the student starts from `weights` (a file's, a library's), else
+    MOST of it. Compared in benchmarks/gain.json."""
+    return HALF if any(weights) else MOST
 
 
 def rest_of(weight):

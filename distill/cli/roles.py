@@ -20,6 +20,7 @@ from distill.networks.network import Network
 from distill.networks.sources import describe, layers, own_sources
 from distill.networks.weights import content_hash, load_weights
 from distill.progress import say
+from distill.runs.student import STARTING_POINT
 from distill.runtimes.measure import accuracy_on, agreement
 from distill.teachers.base import Teacher
 from distill.teachers.cache import check_top_k, reads
@@ -135,8 +136,14 @@ def student_alone(cfg: DictConfig, data: Data) -> Network:
 def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
     """The student taught by the teacher under the losses of `cfg`, and its best and last epoch (see `fit`)."""
     network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    say(f"distill: {type(network.net).__name__} under {' + '.join(cfg.loss)} for {cfg.trainer.max_epochs} epochs")
+    start = "from weights" if any(cfg.student.get(key) for key in STARTING_POINT) else "from scratch"
+    terms = " + ".join(f"{_short(options['weight'])} {name}" for name, options in types.plain(cfg.loss).items())
+    say(f"distill: {type(network.net).__name__} {start} under {terms} for {cfg.trainer.max_epochs} epochs")
     return network, fit(network, taught_by, cfg.loss, data, recipe(cfg), folder, answers(cfg), loggers)
+
+
+def _short(weight: float | list) -> str:
+    return f"{weight:g}" if isinstance(weight, (int, float)) else "→".join(f"{value:g}" for _, value in weight)
 
 
 def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:

@@ -9,9 +9,9 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import UserError
-from distill.files import MOST, read_json
+from distill.files import MOST, read_json, read_yaml
 from distill.runs import trust
-from distill.runs.moved import present
+from distill.runs.moved import present, renamed
 
 
 def read_record(folder: Path) -> dict:
@@ -45,8 +45,32 @@ def continued(folder: Path, recorded: list[str], words: list[str], trusts: bool)
         UserError: it names what isn't this package's, and `trusts` is false; nothing of that has been opened.
     """
     given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
+    said = {word.lstrip("+~").partition("=")[0] for word in words}
     words = _added(recorded, words)
     cfg = present(compose("train", words))
+    values = OmegaConf.to_container(cfg, resolve=True)
     if not trusts:
-        trust.check(OmegaConf.to_container(cfg, resolve=True), folder, given)
+        trust.check(values, folder, given)
+    if (folder / "config.yaml").is_file():
+        saved = renamed(read_yaml(folder / "config.yaml"))
+        if not trusts:
+            trust.check(saved, folder, given)  # before an expression in it becomes one
+        before = OmegaConf.to_container(present(compose("train", recorded)), resolve=True)
+        values = _kept(saved, before, values, said)
+        cfg = OmegaConf.create(values)
+        OmegaConf.set_struct(cfg, True)
     return cfg, words
+
+
+def _kept(saved: dict, before: dict, now: dict, said: set[str], prefix: str = "") -> dict:
+    """`now` with what was `saved` where the present words, which say something of the keys `said`, change nothing:
+    defaults may be others than they were."""
+    found = {}
+    for key, value in now.items():
+        parts, dotted = [part.get(key) for part in (saved, before, now)], f"{prefix}{key}"
+        if all(isinstance(part, dict) for part in parts):
+            found[key] = _kept(*parts, said, f"{dotted}.")
+        else:
+            same = key in saved and key in before and before[key] == value and dotted not in said
+            found[key] = saved[key] if same else value
+    return found

@@ -103,6 +103,10 @@ def test_a_network_of_the_users_own_serves_both_roles(tmp_path):
         (["loss=[ce,dkd]"], 1),
         (["loss=[ce,kd,at]"], 0.1),
         (["loss.ce.weight=1"], 1),
+        (["student.checkpoint=x.pt"], 0.5),  # it starts from weights
+        (["student=mobilenet", "student.weights=DEFAULT"], 0.5),
+        (["student=timm", "student.name=resnet18", "student.pretrained=true"], 0.5),
+        (["student=timm", "student.name=resnet18", "student.pretrained=false"], 0.1),
     ],
 )
 def test_labels_and_teacher_together_weigh_one(words, labels):
