@@ -1,5 +1,7 @@
 """What the optimizer decays and how fast each part learns: by default all of it alike."""
 
+from functools import partial
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -182,7 +184,7 @@ class Rates(pl.Callback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
 
-def train(data, folder, epochs=1, parameters=None, schedule=None, teacher=None, rates=None, **trainer):
+def train(data, folder, epochs=1, parameters=None, schedule=None, teacher=None, rates=None, compile=False, **trainer):
     """`fit` of a small network on a CPU: the student and what `rates` saw."""
     recipe = Recipe(
         epochs,
@@ -190,6 +192,7 @@ def train(data, folder, epochs=1, parameters=None, schedule=None, teacher=None, 
         {"_target_": "distill.training.schedules.cosine", "_partial_": True, **(schedule or {})},
         {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "precision": "32-true", **trainer},
         select="last",
+        compile=compile,
         parameters=parameters or {},
     )
     student, rates = network(), rates or Rates()
@@ -213,6 +216,15 @@ def test_groups_go_on_after_a_kill_with_the_same_bits(data, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     plain, _ = train(data, tmp_path / "plain", 2, teacher=Peer(network(1)))
     assert not torch.equal(plain.net.conv1.weight, whole.net.conv1.weight)
+
+
+def test_a_compiled_student_is_grouped_alike(data, tmp_path, monkeypatch):
+    usual, rates = train(data, tmp_path / "usual", parameters=ALL)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # code generation takes a minute
+    compiled, same = train(data, tmp_path / "compiled", parameters=ALL, compile=True)
+    assert same == rates
+    for one, other in zip(compiled.parameters(), usual.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(("warmup", "accumulate"), [(1.0, 1), (0.5, 1), (0.05, 1), (1.0, 2), (0.3, 3)])
