@@ -9,20 +9,22 @@ from distill.cli.command import command
 @command
 def main(cfg):
     from distill import compress, export
-    from distill.cli import build, rehearsal, roles
+    from distill.cli import build, pilots, rehearsal, roles
     from distill.compress.auto import exceeded
     from distill.errors import UserError
     from distill.export.deploy import write_readme
     from distill.progress import leads, say
-    from distill.report import page, parity, tables
+    from distill.report import diagnosis, page, parity, tables
     from distill.report.evaluate import evaluate
-    from distill.runs import run  # torch is imported from here on
+    from distill.runs import run, verdict  # torch is imported from here on
+    from distill.runs.tables import curves
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
         data = build.data(cfg.data)
 
+        pilots.check(cfg, job.record["overrides"], data)
         if job.does("check"):
             rehearsal.tell(cfg, data)
         elif job.does("cache", "distill") and not (folder / "checkpoints").exists():
@@ -32,7 +34,10 @@ def main(cfg):
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
         teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
         baseline = cfg.baseline and not given and job.does("distill", "report")
-        alone = roles.student_alone(cfg, data) if baseline else None
+        own = cfg, data  # the student's alone
+        if not given:
+            cfg, own, data = pilots.settle(cfg, job.record["overrides"], teacher, data, folder)
+        alone = roles.student_alone(*own) if baseline else None
 
         if job.does("cache"):
             roles.fill_cache(cfg, teacher, data)
@@ -73,18 +78,22 @@ def main(cfg):
                 "student": student,
             }
             networks["student (last epoch)"] = None if given else job.student(run.STUDENT_LAST)
-            rows, unlike = evaluate(networks, nets, files, data, build.tolerance(cfg))
+            rows, unlike, logits, labels = evaluate(networks, nets, files, data, build.tolerance(cfg))
             failures += unlike
             if "auto" in cfg.compress:
                 small = [file.path.name for name in nets if name != "student" for file in files[name]]
                 failures += exceeded(rows, small, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
             rows, earlier = tables.with_earlier(rows, folder)
-            page.write(rows, folder, job.context(data), failures + earlier)
+            helped = verdict.of(logits, labels)
+            figures = diagnosis.figures(logits, labels, None if given else curves(folder))
+            page.write(rows, folder, job.context(data) | pilots.told(folder), failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
                 page.log(logger, rows, folder)
             say(tables.table(rows))
+            for line in [*([helped] if helped else []), *diagnosis.findings(figures)]:
+                say(line)
             for line in parity.remarks(rows):
                 say(f"remark: {line}")
             say(f"{folder}: report.md, report.json, report.png, export/")

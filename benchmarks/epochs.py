@@ -101,13 +101,18 @@ def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[],
 
 def setting(words: list[str], rows: int | None) -> tuple[DictConfig, Data, Frozen]:
     """Configuration, images (`rows` of training, a tenth as many of validation), and a teacher of fresh weights."""
-    config.register(["train.py"])
-    with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        cfg = hydra.compose("train", ["name=benchmark", *words])
+    cfg = compose(*words)
     data = build.data(cfg.data)
     if rows is not None:
         data = replace(data, train=first(data.train, rows), val=first(data.val, max(rows // 10, data.batch_size)))
     return cfg, data, roles.frozen(cfg, build_network(cfg.teacher, data.num_classes, data.image_size, 1), data)
+
+
+def compose(*words: str) -> DictConfig:
+    """The configuration under these words of train.py."""
+    config.register(["train.py"])
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        return hydra.compose("train", ["name=benchmark", *words])
 
 
 def first(split, rows: int):

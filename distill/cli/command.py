@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from distill import __version__
-from distill.cli import config, help
+from distill.cli import config, help, seeds
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
@@ -61,6 +61,7 @@ def command(job):
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
+            sys.argv[1:] = seeds.spread(sys.argv[1:])
             _refuse_words(sys.argv[1:])
             hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
         except Exception as error:

@@ -14,14 +14,18 @@ from distill.cli import crossings, options
 from distill.cli.hints import meant
 from distill.errors import UsageError
 from distill.files import CONF, config_dirs
+from distill.losses.weight import check_weight
 from distill.progress import leads
 from distill.runs.records import continued, read_record
 from distill.schema.values import Problem, problems
+
+LEAST = 0.1  # of the labels' weight beside a teacher's
 
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("rest_of", rest_of, replace=True)
     store = ConfigStore.instance()
     store.__deepcopy__ = lambda memo: (
         store
@@ -31,6 +35,19 @@ def register(argv: list[str] | None = None) -> None:
         for role in ("teacher", "student"):
             defaults = [{"/role@_here_": role}, {"/network@_here_": file.stem}, "_self_"]
             store.store(group=role, name=file.stem, node={"defaults": defaults})
+
+
+def rest_of(weight):
+    """What the labels weigh beside a teacher of this weight, so that both together weigh 1: at least LEAST; of a
+    schedule [[epoch, weight], …] likewise, point by point."""
+    weight = OmegaConf.to_container(weight) if OmegaConf.is_list(weight) else weight
+    try:
+        check_weight("kd", weight)
+    except UsageError:  # it is told where it stands
+        return 1.0
+    if isinstance(weight, list):
+        return [[epoch, rest_of(value)] for epoch, value in weight]
+    return round(max(LEAST, 1 - weight), 6)
 
 
 def run_dir(run: str | None, new: str) -> str:

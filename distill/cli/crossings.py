@@ -81,6 +81,8 @@ def across(values: Mapping) -> Iterator[Problem]:
         yield Problem(
             "cache.keep", keep, f"the teacher ({kind}) changes while it teaches; cache=off asks it every time"
         )
+    if values["recipe"] and kind in ("Ema", "Peer"):
+        yield Problem("recipe", "auto", f"pilots need a teacher that stays as it is, and {kind} learns along")
     members, weights = values["teacher"].get("members"), values["teacher"].get("weights")
     if members and isinstance(weights, list) and len(weights) != len(members):
         yield Problem("teacher.weights", weights, f"expected one for each of the {len(members)} members")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Interval
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from distill.schema.ranges import (
     BelowOne,
@@ -46,6 +47,10 @@ Batches = Count | Annotated[float, Interval(gt=0, le=1)] | None
 ValidationBatches = Annotated[
     Batches, Field(description="at least 1 batch, or a share up to 1: what ships is chosen on validation images")
 ]
+Candidate = Annotated[
+    TypedDict("Candidate", {"words": list[str], "rate": Positive}),
+    Field(description="{words: [WORD, ...], rate: FACTOR}, the words being those of the command line"),
+]
 Whole = "a whole number of at least {}; stages= leaves training out"
 
 
@@ -66,10 +71,10 @@ class Run:
     store: str
     augment: dict
     loss: dict
+    recipe: dict
     logger: dict
     compress: dict
     export: dict
-    recipe: dict
     parameters: dict
     budget: dict
     tolerance: dict
@@ -102,6 +107,14 @@ class Budget:
     bytes: Size | None
     latency_ms: Positive | None
     accuracy_drop: Share
+
+
+class Pilots:
+    """conf/recipe/auto.yaml."""
+
+    share: Positive
+    tell_apart: Annotated[float, Interval(gt=0, lt=1)]
+    candidates: list[Candidate]
 
 
 class Tolerance:
@@ -137,6 +150,7 @@ class Teacher(Student):
 class Fit:
     epochs: Annotated[int, Ge(0), Field(description=Whole.format(0))] | None
     lr: NotNegative | None
+    seed: Seed
 
 
 class Term:
@@ -184,6 +198,7 @@ MODELS: Sequence[tuple[str, type]] = (  # by the key of the part that holds them
     ("cache", Cache),
     ("parameters", Parameters),
     ("budget", Budget),
+    ("recipe", Pilots),
     ("tolerance", Tolerance),
     ("tolerance.*", Bounds),
     ("loss.*", Term),

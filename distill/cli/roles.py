@@ -49,7 +49,7 @@ def teacher(cfg: DictConfig, data: Data) -> Teacher:
         if any(member.precision != "auto" for member in cfg.teacher.members.values()):
             raise UsageError("a member of teacher=ensemble has a precision of its own: set teacher.precision, for all")
         members = [
-            _trained(cfg, f"teacher {name}", member, data, cfg.seed + number * MEMBERS_APART, read=number == 0)
+            _trained(cfg, f"teacher {name}", member, data, member.fit.seed + number * MEMBERS_APART, read=number == 0)
             for number, (name, member) in enumerate(cfg.teacher.members.items())
         ]
         return frozen(cfg, Committee(members, cfg.teacher.weights), data)
@@ -58,7 +58,7 @@ def teacher(cfg: DictConfig, data: Data) -> Teacher:
         return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight, ce(cfg).get("label_smoothing", 0.0))
     if kind is Ema:
         return Ema(build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
-    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data, cfg.seed), data)
+    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data, cfg.teacher.fit.seed), data)
 
 
 def frozen(cfg: DictConfig, network: nn.Module, data: Data) -> Frozen:

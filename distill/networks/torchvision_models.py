@@ -61,6 +61,21 @@ def classifier(name: str, num_classes: Count, image_size: ImageSize, weights: st
     return out_of_place(net)
 
 
+def squeezenet(
+    name: str, num_classes: Count, image_size: ImageSize, weights: str | None = None, relu_head: bool = True
+) -> nn.Module:
+    """As `classifier`, for the SqueezeNets.
+
+    Args:
+        relu_head: their head ends in a ReLU, so that no logit is below 0, as a teacher's are. False: it ends in the
+            convolution before that; for training only, since weights made with it answer otherwise without.
+    """
+    net = classifier(name, num_classes, image_size, weights)
+    if not relu_head:
+        net.classifier[2] = nn.Identity()
+    return net
+
+
 def _pretrained(name: str, weights: str, image_size: ImageSize, options: dict) -> nn.Module:
     choices = get_model_weights(name).__members__
     entry = choices.get(weights.rpartition(".")[2])

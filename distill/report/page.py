@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot
 from distill.report.tables import Row, cells, ordered
+from distill.runs.verdict import Verdict
 from distill.runtimes import measure
 from distill.runtimes.artifact import write as write_file
 
@@ -29,18 +31,31 @@ PROTOCOL = {
 }
 
 
-def write(rows: list[Row], folder: Path, context: Mapping, failures: Sequence[str] = ()) -> None:
+def write(
+    rows: list[Row],
+    folder: Path,
+    context: Mapping,
+    failures: Sequence[str] = (),
+    verdict: Verdict | None = None,
+    figures: Figures | None = None,
+) -> None:
     """Writes report.json, report.md and report.png into `folder`, each whole or not at all.
 
     Args:
         context: plain JSON values that belong to the figures, such as {"seed": 0, "data": "cifar10"}.
         failures: a line for each reason why a file may not ship.
+        verdict: whether the student gained; None without a student alone.
+        figures: of which the report tells what is remarkable.
 
     Raises:
         UserError: a file cannot be written.
     """
     rows, folder, machine = ordered(rows), Path(folder), environment()
+    found = findings(figures) if figures else []
     content = {
+        "verdict": verdict and {"sentence": str(verdict), "shown": verdict.shown, **asdict(verdict)},
+        "findings": found,
+        "figures": figures and asdict(figures),
         "rows": [asdict(row) for row in rows],
         "failures": list(failures),
         "context": dict(context),
@@ -49,7 +64,10 @@ def write(rows: list[Row], folder: Path, context: Mapping, failures: Sequence[st
     }
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_file(folder / "report.json", f"{text}\n".encode())
-    write_file(folder / "report.md", _markdown(rows, context, failures, machine).encode())
+    write_file(
+        folder / "report.md",
+        _markdown(rows, context, failures, machine, [*([verdict] if verdict else []), *found]).encode(),
+    )
     write_file(folder / "report.png", plot(rows))
 
 
@@ -86,9 +104,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _markdown(rows: list[Row], context: Mapping, failures: Sequence[str], machine: Mapping) -> str:
+def _markdown(
+    rows: list[Row], context: Mapping, failures: Sequence[str], machine: Mapping, told: Sequence[Verdict | str]
+) -> str:
     headers, *body = cells(rows, short=False)
-    lines = ["# Report", "", "| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
+    lines = ["# Report", "", *(f"- {str(line)[0].upper()}{str(line)[1:]}." for line in told), *([""] if told else [])]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
     lines.append("| --- |" + " ---: |" * (len(headers) - 1))
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in body]
     images = f"{context['test images']:,}" if "test images" in context else "so many"

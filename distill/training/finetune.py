@@ -120,7 +120,9 @@ def logit_losses(cfg: Mapping, taught: bool = True) -> dict:
     plain = types.plain(cfg)
     usable = {name: loss for name, loss in terms.items() if taught or not loss.needs_teacher}
     chosen = {name: plain[name] for name, loss in usable.items() if not (*loss.student_taps, *loss.teacher_taps)}
-    return chosen or {"ce": {"_target_": "distill.losses.ce.CE", "weight": 1.0}}
+    if not chosen.keys() - {"ce"}:  # its weight was one beside a teacher
+        return {"ce": {"_target_": "distill.losses.ce.CE", **chosen.get("ce", {}), "weight": 1.0}}
+    return chosen
 
 
 class EachEpoch(Callback):

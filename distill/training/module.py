@@ -88,7 +88,9 @@ class Distill(pl.LightningModule):
         )
         self.calibration = MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False)
         self.agreement = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self._teacher_answers: dict[int, Tensor] = {}  # its class for every validation batch: asked once
+        # how often the teacher is right and how sure it is, as sums: of an epoch's training images, of the validation's
+        self.taught, self.examined = torch.zeros(3), torch.zeros(3)
+        self._teacher_answers: dict[int, Tensor] = {}  # its probabilities for every validation batch: asked once
 
     @property
     def shipped(self) -> Network:
@@ -113,6 +115,7 @@ class Distill(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.sums = torch.zeros_like(self.sums, device=self.device)
+        self.taught = torch.zeros_like(self.taught, device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         step = self.current_epoch * 100_003 + batch_idx
@@ -122,6 +125,8 @@ class Distill(pl.LightningModule):
         student = self._answer(batch.images)
         teacher = self.teacher(batch) if self.asks else None
         total, terms = self.total(student, teacher, batch, batch_idx)
+        if teacher is not None:
+            self.taught = self.taught.to(total.device) + known(teacher.logits.float().softmax(1), batch.labels)
         values = torch.stack([*terms, total, torch.ones_like(total)]).detach().float()
         self.sums = self.sums.to(values.device) + values
         return total
@@ -166,15 +171,19 @@ class Distill(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log_dict({f"train/{name}": mean for name, mean in self.means().items()}, sync_dist=True)
+        if self.asks:
+            self._log_teacher("train", self.taught)
         self.log("lr", rate(self.trainer.optimizers[0]))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """The sums of all processes in each of them, so that their mean goes on rightly whoever reads it."""
         checkpoint["sums"] = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="mean").cpu()
+        checkpoint["taught"] = self.trainer.strategy.reduce(self.taught.clone(), reduce_op="mean").cpu()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         earlier = checkpoint["state_dict"].pop("sums", None)  # of a run that began when they were a buffer
         self.sums = checkpoint.get("sums", earlier)
+        self.taught = checkpoint.get("taught", self.taught)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self.shipped(batch.images).logits.float()
@@ -182,8 +191,10 @@ class Distill(pl.LightningModule):
         self.calibration.update(logits.softmax(1), batch.labels)  # logits within [0, 1] would pass for probabilities
         if self.teacher is not None:
             if batch_idx not in self._teacher_answers or not self.teacher.fixed:
-                self._teacher_answers[batch_idx] = self.teacher(batch).logits.argmax(1)
-            self.agreement.update(logits, self._teacher_answers[batch_idx])
+                self._teacher_answers[batch_idx] = self.teacher(batch).logits.float().softmax(1)
+            answers = self._teacher_answers[batch_idx]
+            self.agreement.update(logits, answers.argmax(1))
+            self.examined = self.examined.to(logits.device) + known(answers, batch.labels)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.metrics.compute(), prog_bar=False)
@@ -193,6 +204,18 @@ class Distill(pl.LightningModule):
         if self.teacher is not None:
             self.log("val/agreement", self.agreement.compute())
             self.agreement.reset()
+            self._log_teacher("val", self.examined)
+            self.examined = torch.zeros_like(self.examined)
+
+    def _log_teacher(self, images: str, sums: Tensor) -> None:
+        for name, value in zip(("accuracy", "confidence"), sums[:2] / sums[2], strict=True):
+            self.log(f"{images}/teacher_{name}", value, sync_dist=True)
+
+
+def known(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Of probabilities (N, K) and labels (N,): how many are right, the sum of the largest of each, and N."""
+    sure, answered = probabilities.detach().max(1)
+    return torch.stack([(answered == labels).sum(), sure.sum(), torch.full_like(sure[0], len(labels))]).float()
 
 
 def moving_average(decay: float) -> Callable:

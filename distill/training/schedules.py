@@ -1,7 +1,7 @@
 """Numbers that change while training: the learning rate's factor, a loss's weight."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from distill.schema.ranges import NotNegative, Share, UpToOne
 
@@ -21,3 +21,8 @@ def multistep(
     """Factor of the learning rate: `gamma` once for every milestone (an epoch) that is passed."""
     factor = gamma ** sum(epoch >= milestone for milestone in milestones)
     return factor * min(1.0, epoch / warmup) if warmup else factor
+
+
+def squeezed(epoch: float, epochs: float, schedule: Callable[[float, float], float], full: float) -> float:
+    """`schedule` of a training of `full` epochs, gone through in `epochs`."""
+    return schedule(epoch * full / epochs, full)

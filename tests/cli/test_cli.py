@@ -6,6 +6,8 @@ import sys
 import pytest
 from conftest import QUICK, ROOT
 
+from distill.cli import seeds
+
 
 @pytest.mark.parametrize(
     ("words", "expected"),
@@ -100,3 +102,31 @@ def test_a_traceback_comes_when_asked_for(tmp_path):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "UsageError" in done.stderr
+
+
+def test_seeds_is_a_sweep_under_one_teacher():
+    spread = seeds.spread(["student=resnet8", "seeds=3,5"])
+    assert spread == ["-m", "student=resnet8", "seed=3,5", "cache.seed=3", "teacher.fit.seed=3"]
+    kept = seeds.spread(["-m", "teacher=peer", "cache.seed=9", "seeds=[3,5]"])
+    assert kept == ["-m", "teacher=peer", "cache.seed=9", "seed=3,5"]
+    assert seeds.spread(["seed=4"]) == ["seed=4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["seeds=1"], "at least two different whole numbers"),
+        (["seeds=1,1"], "at least two different whole numbers"),
+        (["seeds=1,1,2"], "at least two different whole numbers"),
+        (["seeds=a,b"], "at least two different whole numbers"),
+        (["seeds=-1,2"], "at least two different whole numbers"),
+        (["seeds="], "at least two different whole numbers"),
+        (["seeds=1,2", "seed=3"], "either seed= or seeds="),
+        (["seeds=1,2", "run=outputs/x"], "trains no student"),
+        (["seeds=1,2", "student.checkpoint=x.safetensors", "stages=[compress,export,report]"], "trains no student"),
+    ],
+)
+def test_seeds_that_decide_nothing_are_refused(train, tmp_path, capfd, words, told):
+    assert train(*words, cwd=tmp_path) == 2
+    assert told in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())

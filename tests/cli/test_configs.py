@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from distill import files
+from distill import files, types
 from distill.cli import build, config
 from distill.losses.terms import build_losses
 
@@ -89,3 +89,22 @@ def test_a_network_of_the_users_own_serves_both_roles(tmp_path):
         cfg = compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "student=mine", "name=test"])
     assert cfg.student._target_ == "a.b"
     assert cfg.student.checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        ([], 0.1),
+        (["loss.kd.weight=0.5"], 0.5),
+        (["loss.kd.weight=1"], 0.1),  # the labels are never left out unsaid
+        (["loss.kd.weight=9"], 0.1),
+        (["loss.kd.weight=[[0,0],[5,0.8]]"], [[0, 1], [5, 0.2]]),
+        (["loss=[ce]"], 1),
+        (["loss=[ce,dkd]"], 1),
+        (["loss=[ce,kd,at]"], 0.1),
+        (["loss.ce.weight=1"], 1),
+    ],
+)
+def test_labels_and_teacher_together_weigh_one(words, labels):
+    cfg = composed(*words)
+    assert types.plain(cfg.loss)["ce"]["weight"] == labels

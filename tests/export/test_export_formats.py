@@ -194,7 +194,7 @@ def test_the_report_holds_every_file_and_a_crash_is_one_files_failure(
     }
     files = {name: [file for file in several if file.rounds] for name, several in files.items()}
     files["student"] += [bad, crashing]
-    rows, failures = evaluate.evaluate({"student": network}, nets, files, data, tolerance)
+    rows, failures, *_ = evaluate.evaluate({"student": network}, nets, files, data, tolerance)
     named = {row.name: row for row in rows}
     assert set(named) == {"student", *(name for name in FILES if name.endswith(("pte", "onnx")))}
     assert sorted(line.partition(":")[0] for line in failures) == ["broken.onnx", "crash.onnx"]

@@ -1,0 +1,58 @@
+"""Successive halving (Jamieson and Talwalkar, AISTATS 2016): many short trainings, few longer ones, by a budget."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+ETA = 3  # of ETA candidates one goes on, for ETA times as long
+LEAST = 0.1  # of the full training: what is shorter says little of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many candidates are trained for how many epochs, rung by rung."""
+
+    rungs: tuple[tuple[int, int], ...]
+
+    @property
+    def cost(self) -> int:
+        """Epochs in all."""
+        return sum(count * epochs for count, epochs in self.rungs)
+
+
+def plan(candidates: int, budget: int, full: int) -> Plan | None:
+    """The most candidates, then the longest trainings, that `budget` epochs pay for, where the last ones are at least
+    LEAST as long as the full training of `full` epochs; None: it doesn't even pay for two.
+    """
+    best = None
+    for count in range(2, candidates + 1):
+        for first in range(1, budget // count + 1):
+            found = _rungs(count, first)
+            if found.cost <= budget and found.rungs[-1][1] >= LEAST * full:
+                best = found
+    return best
+
+
+def _rungs(count: int, epochs: int) -> Plan:
+    rungs = [(count, epochs)]
+    while count > ETA:
+        count, epochs = max(2, count // ETA), epochs * ETA
+        rungs.append((count, epochs))
+    return Plan(tuple(rungs))
+
+
+def halve(
+    candidates: Sequence[int], plan: Plan, score: Callable[[int, int], float], reference: Callable[[int], bool]
+) -> list[int]:
+    """The candidates that reach the last rung, the best first.
+
+    Args:
+        score: (candidate, epochs) to what is to be large.
+        reference: whether a candidate is one of those that the others must beat: the best of them always goes on.
+    """
+    alive = list(candidates)
+    for count, epochs in plan.rungs:
+        kept = alive[:count]
+        if not any(map(reference, kept)):
+            kept[-1:] = [next(each for each in alive if reference(each))]
+        alive = sorted(kept, key=lambda each: -score(each, epochs))  # of equals the one that stands first
+    return alive

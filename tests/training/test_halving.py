@@ -1,0 +1,36 @@
+"""Many short trainings, few longer ones: what a budget pays for, and who goes on."""
+
+import pytest
+
+from distill.training.halving import halve, plan
+
+
+@pytest.mark.parametrize(
+    ("candidates", "budget", "full", "rungs"),
+    [
+        (12, 1, 5, None),
+        (12, 3, 10, ((3, 1),)),
+        (12, 9, 30, ((3, 3),)),
+        (12, 30, 100, ((3, 10),)),  # the last at least a tenth of the full training
+        (12, 60, 100, ((8, 4), (2, 12))),
+        (12, 60, 20, ((12, 1), (4, 3), (2, 9))),
+        (2, 100, 100, ((2, 50),)),
+    ],
+)
+def test_a_budget_pays_for(candidates, budget, full, rungs):
+    found = plan(candidates, budget, full)
+    assert (found and found.rungs) == rungs
+    assert found is None or found.cost <= budget
+
+
+def test_the_best_go_on_and_the_reference_with_them():
+    asked = []
+
+    def score(candidate, epochs):
+        asked.append((candidate, epochs))
+        return {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.8, 4: 0.3, 5: 0.2, 6: 0.4}[candidate]
+
+    alive = halve(range(7), plan(7, 13, 10), score, lambda each: each in (0, 1))
+    assert asked == [*((each, 1) for each in range(7)), (2, 3), (1, 3)]  # 1: the better one of the references
+    assert alive == [2, 1]
+    assert halve(range(3), plan(3, 3, 3), lambda *_: 0.5, lambda each: each == 2) == [0, 1, 2]  # a tie keeps the order
