@@ -54,7 +54,23 @@ def connect(
             loss.build(student_outputs, teacher_outputs, data)
         except UserError as error:
             raise UsageError(str(error)) from error
+    if teacher is not None and any(loss.survey_taps for loss in terms.values()):
+        _survey(teacher, terms, data)
     return teacher_outputs
+
+
+@torch.no_grad()
+def _survey(teacher: nn.Module, terms: Mapping[str, Loss], data: Data) -> None:
+    """Let the losses that want to look at training images through the teacher's eyes."""
+    for name, loss in terms.items():
+        if loss.survey_taps:
+            try:
+                teacher.network.keep(loss.survey_taps)
+            except UserError as error:
+                raise UsageError(f"loss {name}, teacher: {error}") from error
+            loss.survey(teacher.eval(), data)
+    teacher.train()
+    keep(teacher.network, "teacher", terms)
 
 
 def keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
