@@ -26,8 +26,13 @@ def text() -> str:
     parts = [INTRO]
     for group in ["train", *help.groups()]:
         found = help.choices(group)
-        listed = [f"- `{choice.name}`: {choice.about}" for choice in found if group != "train"]
-        parts += [f"## {group}", "", *listed, *([""] if listed else []), *table(found)]
+        listed = [
+            f"- `{choice.name}`: {choice.about}" + (f" `{choice.line()}`" if choice.words else "")
+            for choice in found
+            if group != "train"
+        ]
+        own = [choice for choice in found if not choice.words]
+        parts += [f"## {group}", "", *listed, *([""] if listed else []), *table(own)]
     for name in ("student", "teacher"):
         parts += [f"## What a {name} has besides", "", *table(help.role(name))]
     return "\n".join(parts).rstrip() + "\n"

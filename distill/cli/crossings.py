@@ -48,7 +48,11 @@ def nodes(values: Mapping) -> Iterator[Problem]:
     for group in ("augment", "loss", "logger", "compress", "export"):
         for name, node in values.get(group, {}).items():
             if not isinstance(node, Mapping) or "_target_" not in node:
-                yield Problem(f"{group}.{name}", node, "expected options with a _target_, as in conf/")
+                yield Problem(
+                    f"{group}.{name}",
+                    node,
+                    f"expected options with a _target_, as in conf/; is {name} among {group}=[…]?",
+                )
 
 
 def twice(overrides: list[str], values: Mapping) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from distill.files import CONF
 from distill.schema import signatures
 from distill.schema.values import describe, nearest, written
 
+EVERYWHERE = "@package _global_"  # opens a file that sets options of other groups
 HYDRAS = ("_target_", "_partial_", "defaults", "hydra")  # not the user's to set, or not here
 
 
@@ -30,9 +31,16 @@ class Option(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """`words`: whether it is one word for many, options of other groups, as a recipe is."""
+
     name: str
     about: str
     options: list[Option]
+    words: bool = False
+
+    def line(self) -> str:
+        """What it stands for, as it would be typed."""
+        return " ".join(f"{option.key}={option.default}" for option in self.options)
 
 
 def groups(folders: Sequence[str] = (CONF,)) -> list[str]:
@@ -69,8 +77,23 @@ def _choice(file: Path, group: str) -> Choice:
             break
         about.append(line.lstrip("# "))
     node = yaml.safe_load(text) or {}
-    key = "student" if group == "network" else group
-    return Choice(file.stem, " ".join(" ".join(about).split()), list(_options(node, key, "", _comments(text))))
+    words = about[:1] == [EVERYWHERE]
+    key = "" if words else "student" if group == "network" else group
+    options = [*(_chosen(node.get("defaults", ()), group) if words else ()), *_options(node, key, "", _comments(text))]
+    if words and about[1].startswith("python"):
+        about[1] += ":"  # the command to copy
+    return Choice(file.stem, " ".join(" ".join(about[words:]).split()), options, words)
+
+
+def _chosen(defaults: Sequence, group: str) -> Iterator[Option]:
+    """What a file chooses from groups: another of its own, whose values it has besides, and others."""
+    for entry in defaults:
+        if isinstance(entry, str):
+            other, _, name = entry.lstrip("/").rpartition("/")
+            yield Option(other or group, name, "", "")
+        else:
+            [(place, value)] = entry.items()
+            yield Option(place.rpartition("/")[2], written(value), "", "")
 
 
 def _comments(text: str) -> dict[str, str]:
@@ -111,6 +134,10 @@ def page(group: str, folders: Sequence[str] = (CONF,)) -> str:
     for choice in [*(choice for part in parts for choice in choices(part, folders)), *role(group)]:
         if group != "train":
             lines += textwrap.wrap(f"{choice.name}: {choice.about}", width, subsequent_indent="    ")
+        if choice.words:
+            indent = {"initial_indent": "  ", "subsequent_indent": "  "}
+            lines += textwrap.wrap(choice.line(), width, **indent, break_long_words=False, break_on_hyphens=False)
+            continue
         for option in choice.options:
             said = "; ".join(filter(None, (option.allowed, option.does)))
             word = option.key.replace("student", group, 1) if group == "teacher" else option.key

@@ -24,6 +24,7 @@ from distill.schema.ranges import (
     Size,
     Std,
     TeacherPrecision,
+    UpToOne,
 )
 from distill.schema.signatures import Signature
 
@@ -74,6 +75,7 @@ class Run:
     logger: dict
     compress: dict
     export: dict
+    parameters: dict
     budget: dict
     tolerance: dict
     cache: dict
@@ -93,6 +95,12 @@ class Cache:
     dtype: Literal["float32", "float16", "bfloat16"]
     budget: Size
     folder: str
+
+
+class Parameters:
+    decay_norms: bool
+    head_lr: Positive
+    layer_decay: UpToOne | None
 
 
 class Budget:
@@ -188,6 +196,7 @@ class Trainer:
 MODELS: Sequence[tuple[str, type]] = (  # by the key of the part that holds them; the first that matches
     ("", Run),
     ("cache", Cache),
+    ("parameters", Parameters),
     ("budget", Budget),
     ("recipe", Pilots),
     ("tolerance", Tolerance),
@@ -204,7 +213,7 @@ MODELS: Sequence[tuple[str, type]] = (  # by the key of the part that holds them
 )
 RANGES = (Optimizer, Trainer)  # of arguments that a signature has already
 OPEN = (Run,)  # where a user's own values may stand, for others to point at
-WHOLE = (Run, Cache, Budget, Tolerance, Fit, Student, Teacher)  # all of it must be there
+WHOLE = (Run, Cache, Parameters, Budget, Tolerance, Fit, Student, Teacher)  # all of it must be there
 NEEDED = {Optimizer: ("lr",), Trainer: ("max_epochs", "accelerator", "precision")}
 
 

@@ -164,7 +164,7 @@ def recipe(cfg: DictConfig) -> Recipe:
     """How the student is trained."""
     trainer = types.plain(cfg.trainer)
     epochs, same = trainer.pop("max_epochs"), ("seed", "select", "ema", "early_stopping", "compile", "checkpoint_every")
-    described = {key: types.plain(cfg[key]) for key in ("optimizer", "schedule", *same)}
+    described = {key: types.plain(cfg[key]) for key in ("optimizer", "schedule", "parameters", *same)}
     return Recipe(epochs, trainer=trainer, **described)
 
 

@@ -1,6 +1,6 @@
 """What every loss is: one term of the total, computed from two networks' outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -16,7 +16,9 @@ class Loss(nn.Module):
 
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
+    survey_taps: Sequence[str] = ()  # of the teacher, in `survey` alone
     needs_teacher: bool = True
+    epoch: float = 0.0  # of the training, set before every step; counts from 0, in parts of an epoch
 
     def build(self, student: Outputs, teacher: Outputs | None, data) -> None:
         """Make the layers whose shapes depend on the networks. Called once, with the outputs of one dry run.
@@ -25,6 +27,10 @@ class Loss(nn.Module):
             student, teacher: outputs for the same two images; `teacher` is None where a run has none.
             data: the `distill.data.Data` of the run (number of training rows, classes).
         """
+
+    def survey(self, teacher: Callable[[Batch], Outputs], data) -> None:
+        """Look at training images through the teacher's eyes. Called once, after `build`, where `survey_taps` names
+        what of its features is looked at."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         """The term as a scalar: mean over the batch, unweighted, float32."""

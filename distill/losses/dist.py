@@ -8,22 +8,12 @@ code's, the paper has none.
 Defaults β = γ = 2 and τ = 4, weight 1 beside loss.ce.weight=1: the paper's for CIFAR-100 (ImageNet: τ = 1).
 """
 
-import torch
 from torch import Tensor
 
 from distill.errors import UserError
 from distill.losses.logits import LogitLoss
+from distill.losses.relations import correlation
 from distill.schema.ranges import NotNegative, Positive
-
-FLAT = 1e-6  # of a row's deviations from its mean, their norm: below it a gradient would be 1e6 times rounding
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of the rows of two (N, K): (N,); 0, without a gradient, where one is flat but for
-    rounding."""
-    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    a, b = (torch.where(x.norm(dim=1, keepdim=True) > FLAT, x, 0.0) for x in (a, b))
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
 
 
 def dist(student_logits: Tensor, teacher_logits: Tensor, beta: float, gamma: float, temperature: float) -> Tensor:

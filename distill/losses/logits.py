@@ -52,3 +52,22 @@ def others(values: Tensor, labels: Tensor) -> Tensor:
     """All columns but the label's, in order: (N, K) to (N, K-1)."""
     columns = torch.arange(values.shape[1] - 1, device=values.device)
     return values.gather(1, columns + (columns >= labels[:, None]))
+
+
+def target_or_not(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (N, 2) of "the label" against "any other class", from (N, K)."""
+    return torch.stack([logits.gather(1, labels[:, None])[:, 0], others(logits, labels).logsumexp(1)], dim=1)
+
+
+def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
+    """α · KL(b_t ‖ b_s) + β · KL(p̂_t ‖ p̂_s) of each row, see dkd.py: (N, K) to (N,)."""
+    target = soft_kl(target_or_not(student, labels), target_or_not(teacher, labels), 1.0)
+    rest = soft_kl(others(student, labels), others(teacher, labels), 1.0)
+    return alpha * target + beta * rest
+
+
+def normalised_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float, temperature: float):
+    """-p_t(y) log p_s(y) - γ T² Σ_{k≠y} p̂_t(k) log p̂_s(k) of each row, see nkd.py: (N, K) to (N,)."""
+    target = target_cross_entropy(student, teacher, labels)
+    rest = soft_cross_entropy(others(student, labels), others(teacher, labels), temperature)
+    return target + gamma * temperature**2 * rest

@@ -11,15 +11,13 @@ issue 16 calls it a mistake); this follows the others and the paper.
 
 from torch import Tensor
 
-from distill.losses.logits import LogitLoss, others, soft_cross_entropy, target_cross_entropy
+from distill.losses.logits import LogitLoss, normalised_cross_entropy
 from distill.schema.ranges import NotNegative, Positive
 
 
 def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float, temperature: float) -> Tensor:
     """Scalar from logits (N, K) and labels (N,)."""
-    target = target_cross_entropy(student_logits, teacher_logits, labels)
-    rest = soft_cross_entropy(others(student_logits, labels), others(teacher_logits, labels), temperature)
-    return (target + gamma * temperature**2 * rest).mean()
+    return normalised_cross_entropy(student_logits, teacher_logits, labels, gamma, temperature).mean()
 
 
 class NKD(LogitLoss):

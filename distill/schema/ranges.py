@@ -26,6 +26,11 @@ Calibration = Annotated[int, Ge(32)]  # images: a range of activations that is f
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 Positives = Annotated[Sequence[Positive], Len(1)]
 Counts = Annotated[Sequence[Count], Len(1)]
+_Point = tuple[NotNegative, NotNegative] | tuple[NotNegative, NotNegative, Literal["cosine"]]
+Schedule = Annotated[  # over the epochs, see distill.losses.weight
+    NotNegative | Annotated[Sequence[_Point], Len(1)],
+    Field(description="a number of at least 0 or [[epoch, value], …] in rising epochs"),
+]
 Widths = tuple[Count, Count, Count]  # of three stages
 Taps = Annotated[Sequence[str], Len(1)]  # names of stages or layers
 TapPairs = Taps | dict[str, str]  # {the student's: the teacher's}

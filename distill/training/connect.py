@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.data.base import Data
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 from distill.losses.base import Loss
 from distill.networks.network import Network
 from distill.types import Batch, Outputs
@@ -23,7 +23,8 @@ def connect(
         What the teacher answered to them, features included.
 
     Raises:
-        UserError: a network that doesn't answer with one logit a class, a tap that isn't there.
+        UserError: a network that doesn't answer with one logit a class.
+        UsageError: a loss that needs what these networks, or this run, don't have.
     """
     keep(student, "student", terms)
     if teacher is not None:
@@ -41,25 +42,44 @@ def connect(
         _check_logits(teacher_outputs.logits, getattr(teacher.network, "role", None) or "teacher", data)
     for name, loss in terms.items():
         if loss.needs_teacher and teacher is None:
-            raise UserError(f"loss {name} needs a teacher, and this run has none")
+            raise UsageError(f"loss {name} needs a teacher, and this run has none")
         absent = [tap for tap in loss.teacher_taps if teacher is not None and tap not in teacher_outputs.features]
         if absent:
-            raise UserError(
+            raise UsageError(
                 f"loss {name} reads the teacher's {', '.join(absent)}, and this teacher answers with "
                 f"{', '.join(['logits', *teacher_outputs.features])} only"
             )
         torch.manual_seed(seed)
-        loss.build(student_outputs, teacher_outputs, data)
+        try:
+            loss.build(student_outputs, teacher_outputs, data)
+        except UserError as error:
+            raise UsageError(str(error)) from error
+    if teacher is not None and any(loss.survey_taps for loss in terms.values()):
+        _survey(teacher, terms, data)
     return teacher_outputs
 
 
+@torch.no_grad()
+def _survey(teacher: nn.Module, terms: Mapping[str, Loss], data: Data) -> None:
+    """Let the losses that want to look at training images through the teacher's eyes."""
+    for name, loss in terms.items():
+        if loss.survey_taps:
+            try:
+                teacher.network.keep(loss.survey_taps)
+            except UserError as error:
+                raise UsageError(f"loss {name}, teacher: {error}") from error
+            loss.survey(teacher.eval(), data)
+    teacher.train()
+    keep(teacher.network, "teacher", terms)
+
+
 def keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
-    """Record what the losses read of the student or teacher. Raises UserError where it has no such thing."""
+    """Record what the losses read of the student or teacher. Raises UsageError where it has no such thing."""
     for name, loss in terms.items():
         try:
             network.keep(getattr(loss, f"{role}_taps"))
         except UserError as error:
-            raise UserError(f"loss {name}, {role}: {error}") from error
+            raise UsageError(f"loss {name}, {role}: {error}") from error
     network.keep(tap for loss in terms.values() for tap in getattr(loss, f"{role}_taps"))
 
 

@@ -83,7 +83,7 @@ def finetuner(
 
         def train(place: Path) -> dict:
             say(f"  {name}: fine-tuning under {' + '.join(losses)} for {epochs} epochs → {place}")
-            network = Network(net, {}, [0.0] * 3, [1.0] * 3)
+            network = Network(net, {}, [0.0] * 3, [1.0] * 3, data.image_size)
             callbacks = [] if on_epoch is None else [EachEpoch(on_epoch, epochs)]
             chosen = fit(network, teacher, losses, data, own, place, answers, callbacks=callbacks)[own.select]
             say(f"  {name}: epoch {chosen['epoch']}, validation {chosen['accuracy']:.1%}")

@@ -73,6 +73,7 @@ def fit(
         ema=recipe.ema,
         seed=recipe.seed,
         compile=recipe.compile,
+        parameters=recipe.parameters,
     )
     loader = data.resident(device).train_loader(recipe.seed, **views)
     resume = checkpoints / LAST if (checkpoints / LAST).exists() else None

@@ -17,6 +17,7 @@ from distill.losses.weight import weight_at
 from distill.networks.network import Network
 from distill.progress import say
 from distill.teachers.base import Teacher
+from distill.training.parameters import grouped, rate, scale
 from distill.types import Batch, Outputs
 
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
@@ -36,6 +37,7 @@ class Distill(pl.LightningModule):
         ema: decay of the averaged student, which then is the one validated and shipped; None: no average.
         seed: with the step's number and the process's, it seeds what is random inside the networks (dropout).
         compile: the student's forward and backward pass by torch.compile; graph breaks are told after the first step.
+        parameters: how the optimizer groups them, see distill.training.parameters.grouped; empty: one group of all.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Distill(pl.LightningModule):
         ema: float | None = None,
         seed: int = 0,
         compile: bool = False,
+        parameters: Mapping | None = None,
     ):
         super().__init__()
         self.student = student
@@ -58,6 +61,7 @@ class Distill(pl.LightningModule):
         self.weights = dict(weights)
         self.optimizer = optimizer
         self.factor = factor
+        self.grouping = dict(parameters or {})
         self.seed = seed
         self.compiled = compile
         if compile:
@@ -97,8 +101,8 @@ class Distill(pl.LightningModule):
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.student.parameters()):
             self.losses.float()  # trainer.precision=bf16-true has converted all
         parts = [part for part in (self.student, self.losses, self.teacher) if part is not None]
-        learned = [p for part in parts for p in part.parameters() if p.requires_grad]
-        optimizer = self.optimizer(learned)
+        optimizer = self.optimizer(grouped(parts, **self.grouping))
+        scale(optimizer)
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
 
         def factor(step: int) -> float:
@@ -133,6 +137,8 @@ class Distill(pl.LightningModule):
         with torch.autocast(batch.images.device.type, enabled=False), _full_precision(student.logits.dtype):
             student, teacher = student.float(), teacher and teacher.float()
             seen = teacher and teacher.detach()
+            for loss in self.losses.values():
+                loss.epoch = epoch
             terms = [loss(student, seen, batch) for loss in self.losses.values()]
             weights = [weight_at(self.weights[name], epoch) for name in self.losses]
             if self.teacher is not None and self.teacher.learns:
@@ -169,7 +175,7 @@ class Distill(pl.LightningModule):
         self.log_dict({f"train/{name}": mean for name, mean in self.means().items()}, sync_dist=True)
         if self.asks:
             self._log_teacher("train", self.taught)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("lr", rate(self.trainer.optimizers[0]))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """The sums of all processes in each of them, so that their mean goes on rightly whoever reads it."""

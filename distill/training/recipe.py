@@ -1,7 +1,9 @@
 """How a network is trained."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+
+from distill.training.parameters import DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Recipe:
         early_stopping: epochs without a better validation accuracy before training stops; None: never.
         compile: torch.compile of the step.
         checkpoint_every: optimizer steps between checkpoints in an epoch; changes no bit.
+        parameters: arguments of distill.training.parameters.grouped: weight decay of norms, rates of head and stages.
     """
 
     epochs: int
@@ -31,6 +34,7 @@ class Recipe:
     early_stopping: int | None = None
     compile: bool = False
     checkpoint_every: int = 500
+    parameters: Mapping = field(default_factory=dict)
 
     def changed(self, lr: float | None = None, trainer: Mapping | None = None, **others) -> "Recipe":
         """A copy with another rate, other arguments of the trainer beside those that it has, and `others` instead."""
@@ -38,5 +42,7 @@ class Recipe:
         return replace(self, optimizer=optimizer, trainer={**self.trainer, **(trainer or {})}, **others)
 
     def decides(self) -> dict:
-        """What weights depend on, for a key."""
-        return {name: value for name, value in asdict(self).items() if name != "checkpoint_every"}
+        """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped."""
+        grouped = {name: value for name, value in self.parameters.items() if value != DEFAULTS[name]}
+        left_out = {"checkpoint_every", *([] if grouped else ["parameters"])}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}

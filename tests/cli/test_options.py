@@ -208,11 +208,11 @@ def test_other_trainer_options_work(train, tmp_path, word, request):
 )
 def test_every_file_has_values_on_its_own(file):
     """Where it is read without the rest of the configuration, as by a notebook: data's augment and cache's seed, which
-    are named as what they stand for, apart."""
+    are named as what they stand for, apart, and what sets options of others."""
     described = OmegaConf.load(file)
     if file.parent.name in ("data", "cache"):
         described = OmegaConf.masked_copy(described, [key for key in described if key not in ("augment", "seed")])
-    if file.parent.name != "experiment":
+    if file.parent.name not in ("experiment", "recipe"):
         OmegaConf.to_container(described, resolve=True)
 
 
@@ -220,7 +220,7 @@ def test_every_file_has_values_on_its_own(file):
 
 
 def test_what_was_refused_before_anything_was_made_can_be_corrected(train, tmp_path):
-    assert train(*TINY, "name=x", "loss=[ce,fitnet]", "loss.fitnet.student_tap=stage9", cwd=tmp_path) == 1
+    assert train(*TINY, "name=x", "loss=[ce,fitnet]", "loss.fitnet.student_tap=stage9", cwd=tmp_path) == 2
     assert (tmp_path / "outputs/x/run.json").is_file()
     assert train(*TINY, "name=x", "loss=[ce,kd]", "loss.kd.temperature=2", cwd=tmp_path) == 0
     record = json.loads((tmp_path / "outputs/x/run.json").read_text())

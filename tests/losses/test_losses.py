@@ -90,14 +90,14 @@ def test_ce_is_the_cross_entropy_with_smoothed_labels(smoothing):
     assert value.item() == pytest.approx(expected, rel=1e-9)
 
 
-def attention_by_hand(maps: np.ndarray) -> np.ndarray:
-    """(C, H, W) to Q / ‖Q‖₂ with Q = Σ_c |A_c|²."""
+def attention_by_hand(maps: np.ndarray, p: float = 2) -> np.ndarray:
+    """(C, H, W) to Q / ‖Q‖₂ with Q = Σ_c |A_c|^p."""
     channels, height, width = maps.shape
     q = np.zeros(height * width)
     for c in range(channels):
         for h in range(height):
             for w in range(width):
-                q[h * width + w] += maps[c, h, w] ** 2
+                q[h * width + w] += abs(maps[c, h, w]) ** p
     return q / math.sqrt((q**2).sum())
 
 
@@ -123,6 +123,28 @@ def test_at_ignores_scale_and_pools_the_larger_map():
     assert at([student], [student]).item() == 0
     larger = teacher.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert at([student], [larger]).item() == pytest.approx(at([student], [teacher]).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0])
+def test_at_raises_activations_to_the_power_p(p):
+    student, teacher = numbers(2, 3, 2, 3, seed=1).requires_grad_(), numbers(2, 5, 2, 3, seed=2)
+
+    def by_hand(maps) -> float:
+        pairs = zip(maps, teacher.numpy(), strict=True)
+        return np.mean([(attention_by_hand(s, p) - attention_by_hand(t, p)) ** 2 for s, t in pairs])
+
+    value = at([student], [teacher], p)
+    value.backward()
+    array = student.detach().numpy()
+    assert value.item() == pytest.approx(by_hand(array), rel=1e-9)
+    for place in np.ndindex(array.shape):
+        step = np.zeros_like(array)
+        step[place] = 1e-5
+        slope = (by_hand(array + step) - by_hand(array - step)) / 2e-5
+        assert student.grad[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
+    loss = AT({"ours": "theirs"}, p=p)
+    outputs = (Outputs(student, {"ours": student}), Outputs(student, {"theirs": teacher}))
+    assert loss(*outputs, None).item() == pytest.approx(value.item())
 
 
 def test_at_refuses_vectors():
@@ -159,6 +181,57 @@ def test_fitnet_is_the_mean_squared_difference_after_a_learned_regressor(rectifi
         "scale.0.bias",
     }
     assert fitnet(teacher, teacher).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kind", "kernel", "stride"),
+    [
+        ((8, 8), (4, 4), torch.nn.Conv2d, (3, 3), (2, 2)),
+        ((4, 6), (8, 12), torch.nn.ConvTranspose2d, (4, 4), (2, 2)),
+        ((7, 7), (14, 14), torch.nn.ConvTranspose2d, (4, 4), (2, 2)),
+        ((7, 9), (4, 4), torch.nn.Conv2d, (4, 6), (1, 1)),
+        ((5, 5), (5, 5), torch.nn.Conv2d, (1, 1), (1, 1)),
+        ((4, 4), (7, 7), torch.nn.Conv2d, (3, 3), (1, 1)),  # neither half nor larger: the hint is pooled
+        ((8, 3), (4, 5), torch.nn.Conv2d, (3, 3), (1, 1)),
+    ],
+)
+def test_fitnets_regressor_strides_or_transposes_as_the_sizes_ask(ours, theirs, kind, kernel, stride):
+    student, teacher = numbers(3, 2, *ours, seed=1), numbers(3, 4, *theirs, seed=2)
+    loss = FitNet("a", "b", resize="convolve")
+    s, t = Outputs(student, {"a": student}), Outputs(teacher, {"b": teacher})
+    torch.manual_seed(0)
+    loss.build(s, t, None)
+    layer = loss.double().project.convolution
+    assert (type(layer), layer.kernel_size, layer.stride) == (kind, kernel, stride)
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    pad = layer.padding[0]
+    size = [min(pair) for pair in zip(ours, theirs, strict=True)] if kernel == (3, 3) and stride == (1, 1) else theirs
+    inner = np.pad(student.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    if kind is torch.nn.ConvTranspose2d:
+        regressed = np.zeros((3, 4, 2 * ours[0] + 2, 2 * ours[1] + 2))
+        for h, w in np.ndindex(*ours):
+            patch = np.einsum("nc,cdij->ndij", student.numpy()[:, :, h, w], weight)
+            regressed[:, :, 2 * h : 2 * h + 4, 2 * w : 2 * w + 4] += patch
+        regressed = regressed[:, :, 1:-1, 1:-1]
+    else:
+        rows, columns = ((side + 2 * pad - k) // stride[0] + 1 for side, k in zip(ours, kernel, strict=True))
+        regressed = np.zeros((3, 4, rows, columns))
+        for h, w in np.ndindex(rows, columns):
+            top, left = h * stride[0], w * stride[0]
+            patch = inner[:, :, top : top + kernel[0], left : left + kernel[1]]
+            regressed[:, :, h, w] = np.einsum("ncij,dcij->nd", patch, weight)
+    regressed += bias[:, None, None]
+    regressed, hint = (torch.nn.functional.adaptive_avg_pool2d(torch.as_tensor(x), size).numpy()
+                       for x in (regressed, teacher))  # fmt: skip
+    mean, variance = regressed.mean((0, 2, 3), keepdims=True), regressed.var((0, 2, 3), keepdims=True)
+    normal = (regressed - mean) / np.sqrt(variance + 1e-5)
+    assert normal.shape == hint.shape == (3, 4, *size)
+    assert loss(s, t, None).item() == pytest.approx(((normal - hint) ** 2).mean(), rel=1e-6)
+
+
+def test_fitnet_refuses_an_unknown_way_to_resize():
+    with pytest.raises(UserError, match=r"loss.fitnet.resize=stretch: choose pool or convolve"):
+        FitNet(resize="stretch")
 
 
 @pytest.mark.parametrize(

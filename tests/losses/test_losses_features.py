@@ -4,6 +4,7 @@ import itertools
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,17 +22,21 @@ from distill.losses.at import at
 from distill.losses.cat_kd import CATKD, cat_kd, class_maps
 from distill.losses.cwd import CWD, cwd
 from distill.losses.dist import dist
+from distill.losses.dist_plus import DISTPlus, channel_relation, spatial_relation
 from distill.losses.fsp import FSP, fsp
 from distill.losses.ft import FT, ft
 from distill.losses.mgd import MGD, mgd
 from distill.losses.nst import NST, nst
 from distill.losses.ofa import OFA, ofa
 from distill.losses.ofd import OFD, margin, ofd, partial_l2
+from distill.losses.relations import unit
 from distill.losses.reviewkd import ReviewKD, hcl, reviewkd
+from distill.losses.semckd import Embed, SemCKD, semckd
 from distill.losses.simkd import SimKD, simkd
 from distill.losses.srd import SRD, srd
 from distill.losses.srrl import SRRL, srrl
 from distill.losses.vid import VID, vid
+from distill.losses.vkd import VKD, vkd
 from distill.networks.build import build_network
 from distill.networks.network import Network
 from distill.networks.resnet_cifar import resnet
@@ -44,7 +49,24 @@ from distill.training.module import Distill
 from distill.types import Batch, Outputs
 
 CONF = Path(__file__).parents[2] / "conf"
-NAMES = ["vid", "reviewkd", "ofd", "ab", "nst", "fsp", "cwd", "mgd", "ft", "srrl", "srd", "cat_kd", "ofa"]
+NAMES = [
+    "vid",
+    "reviewkd",
+    "ofd",
+    "ab",
+    "nst",
+    "fsp",
+    "cwd",
+    "mgd",
+    "ft",
+    "srrl",
+    "srd",
+    "cat_kd",
+    "ofa",
+    "dist_plus",
+    "vkd",
+    "semckd",
+]
 
 
 def numbers(*shape, seed=0, scale=1.0) -> torch.Tensor:
@@ -130,10 +152,10 @@ def features(shapes: dict, seed: int, logits=(3, 5)) -> Outputs:
     return Outputs(numbers(*logits, seed=seed + 50), made)
 
 
-def built(loss, student: Outputs, teacher: Outputs):
+def built(loss, student: Outputs, teacher: Outputs, data=None):
     """`loss` in float64, built by these outputs."""
     torch.manual_seed(0)
-    loss.build(student, teacher, None)
+    loss.build(student, teacher, data)
     return loss.double()
 
 
@@ -536,6 +558,174 @@ def test_srrl_connects_then_pools(shape):
     assert loss(student, teacher, None).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 5.0), (0.5, 0.0), (0.0, 2.0)])
+def test_srrl_weighs_the_feature_by_alpha_and_the_logits_by_beta(alpha, beta):
+    weight, bias, logits = numbers(5, 4, seed=3), numbers(5, seed=4), numbers(3, 5, seed=5)
+
+    def by_hand(projected, target):
+        found = projected @ weight.numpy().T + bias.numpy()
+        return alpha * ((projected - target) ** 2).mean() + beta * ((found - logits.numpy()) ** 2).mean()
+
+    inputs = numbers(3, 4, seed=1), numbers(3, 4, seed=2)
+    agree(lambda p, t: srrl(p, t, weight, bias, logits, alpha, beta), by_hand, *inputs)
+    outputs = features({"stage3": (3, 2, 2, 2), "pooled": (3, 4)}, 1)
+    outputs.features.update({"head:weight": weight, "head:bias": bias})
+    parts = [built(SRRL("stage3", alpha=a, beta=b), outputs, outputs) for a, b in ((1, 0), (0, 1), (alpha, beta))]
+    values = [part(outputs, outputs, None).item() for part in parts]
+    assert values[2] == pytest.approx(alpha * values[0] + beta * values[1], rel=1e-9)
+
+
+# DIST+
+
+
+def pearson(a, b) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return (a * b).sum() / (math.sqrt((a**2).sum() * (b**2).sum()) + 1e-8)
+
+
+def channel_by_hand(student, teacher):
+    n, _, height, width = student.shape
+    places = list(np.ndindex(n, height, width))
+    return 1 - sum(pearson(student[i, :, h, w], teacher[i, :, h, w]) for i, h, w in places) / len(places)
+
+
+def spatial_by_hand(student, teacher):
+    places = list(np.ndindex(student.shape[2:]))
+    sums = [pearson(student[:, :, h, w].sum(1), teacher[:, :, h, w].sum(1)) for h, w in places]
+    return 1 - sum(sums) / len(places)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (4, 5, 1, 3)])
+def test_dist_plus_correlates_channels_at_each_pixel_and_images_at_each_pixel(shape):
+    inputs = numbers(*shape, seed=1), numbers(*shape, seed=2)
+    agree(channel_relation, channel_by_hand, *inputs)
+    agree(spatial_relation, spatial_by_hand, *inputs)
+    for relation in (channel_relation, spatial_relation):
+        assert relation(3 * inputs[0] + 2, inputs[0]).item() == pytest.approx(0, abs=1e-6)
+        assert relation(-inputs[0], inputs[0]).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_dist_plus_adds_the_features_to_dist_and_falls_towards_the_teacher():
+    student, teacher = features({"last": (3, 2, 4, 4)}, 1), features({"last": (3, 4, 2, 2)}, 7)
+    loss = built(DISTPlus(beta=1.5, gamma=0.5, iota=2.0, kappa=3.0, temperature=2.0), student, teacher)
+    source, target = convolve(pool(array(student, "last"), 2), loss.align), array(teacher, "last")
+    expected = dist(student.logits, teacher.logits, 1.5, 0.5, 2.0).item()
+    expected += 2.0 * channel_by_hand(source, target) + 3.0 * spatial_by_hand(source, target)
+    assert loss(student, teacher, None).item() == pytest.approx(expected, rel=1e-7)
+    same = built(DISTPlus(), teacher, teacher)
+    assert same(teacher, teacher, None).item() == pytest.approx(0, abs=1e-3)  # DIST's 1e-8
+    assert same(Outputs(teacher.logits, {"last": -teacher.features["last"]}), teacher, None).item() > 3.9
+    one = Outputs(student.logits[:1], {"last": student.features["last"][:1]})
+    assert "loss dist_plus needs at least 2 images" in error_of(loss, one, one, None)
+    vector = features({"last": (3, 4)}, 1)
+    assert "loss.dist_plus.student_tap" in error_of(DISTPlus().build, vector, teacher, None)
+
+
+# VkD
+
+
+def vkd_by_hand(projected, teacher):
+    total = 0.0
+    for row, target in zip(projected, teacher, strict=True):
+        normal = (target - target.mean()) / math.sqrt(target.var() + 1e-5)
+        total += sum(0.5 * d * d if abs(d) < 1 else abs(d) - 0.5 for d in row - normal)
+    return total / projected.size
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 5)])
+def test_vkd_is_the_smooth_distance_to_the_normalised_teacher(shape):
+    agree(vkd, vkd_by_hand, numbers(*shape, seed=1, scale=2.0), numbers(*shape, seed=2))
+    projected, teacher = numbers(*shape, seed=1), numbers(*shape, seed=2, scale=30.0)
+    moved = 5 * teacher + numbers(shape[0], 1, seed=3)
+    assert vkd(projected, moved).item() == pytest.approx(vkd(projected, teacher).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(3, 7), (7, 3), (4, 4)])
+def test_vkds_projector_is_orthogonal_and_stays_so(narrow, wide):
+    student, teacher = features({"pooled": (5, narrow)}, 1), features({"pooled": (5, wide, 2, 2)}, 4)
+    loss = built(VKD(), student, teacher)
+    step = torch.optim.SGD(loss.parameters(), lr=5.0)
+    start = loss.project.weight.detach().clone()
+    for _ in range(3):
+        step.zero_grad()
+        loss(student, teacher, None).backward()
+        step.step()
+    weight = loss.project.weight.detach()  # (wide, narrow)
+    gram = weight.T @ weight if wide >= narrow else weight @ weight.T
+    torch.testing.assert_close(gram, torch.eye(min(narrow, wide)).double(), rtol=1e-5, atol=1e-6)
+    assert torch.dist(weight, start) > 0.01
+    projected = np.array([[np.dot(row, w) for w in weight.numpy()] for row in array(student, "pooled")])
+    expected = vkd_by_hand(projected, array(teacher, "pooled").mean((2, 3)))
+    assert loss(student, teacher, None).item() == pytest.approx(expected, rel=1e-9)
+
+
+# SemCKD
+
+
+def semckd_by_hand(errors, queries, keys):
+    total = 0.0
+    for error, query, key in zip(errors, queries, keys, strict=True):
+        for i, row in enumerate(query):
+            attention = softmax(np.array([np.dot(row, each) for each in key]))
+            total += sum(attention * error[i])
+    return total / (len(errors) * errors.shape[1])
+
+
+@pytest.mark.parametrize(("n", "s", "t"), [(1, 2, 3), (3, 3, 2)])
+def test_semckd_weighs_the_errors_by_attention(n, s, t):
+    inputs = numbers(n, s, t, seed=1).pow(2), numbers(n, s, 4, seed=2), numbers(n, t, 4, seed=3)
+    agree(semckd, semckd_by_hand, *inputs)
+    even = numbers(n, s, 4, seed=2) * 0
+    assert semckd(inputs[0], even, inputs[2]).item() == pytest.approx(inputs[0].mean().item(), rel=1e-9)
+
+
+def test_semckd_joins_every_stage_with_every_stage():
+    shapes = {"stage1": (4, 2, 4, 4), "stage2": (4, 3, 2, 2)}
+    student, teacher = (
+        features(shapes, 1, (4, 5)),
+        features({k: (4, c + 2, *hw) for k, (_, c, *hw) in shapes.items()}, 7),
+    )
+    loss = built(SemCKD(["stage1", "stage2"], factor=2), student, teacher, SimpleNamespace(batch_size=6))
+
+    def embedded(embed, maps):
+        flat = maps.reshape(len(maps), -1)
+        similar = np.zeros((4, 6))  # filled up with zeros
+        similar[:, :4] = flat @ flat.T
+        first, last = ((layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in embed.layers[::2])
+        rows = np.maximum(similar @ first[0].T + first[1], 0) @ last[0].T + last[1]
+        assert rows.shape == (4, 3)
+        return rows / np.sqrt((rows**2).sum(1, keepdims=True))
+
+    def brought(layers, maps):
+        maps = batch_normalise(convolve(maps, layers[0])).clip(0)
+        return convolve(batch_normalise(convolve(maps, layers[3])).clip(0), layers[6])
+
+    names = ["stage1", "stage2"]
+    errors = np.zeros((4, 2, 2))
+    for i, j in np.ndindex(2, 2):
+        source, target = array(student, names[i]), array(teacher, names[j])
+        size = min(source.shape[2], target.shape[2])
+        difference = brought(loss.regressors[i][j], pool(source, size)) - pool(target, size)
+        errors[:, i, j] = (difference**2).mean((1, 2, 3))
+    queries, keys = (
+        np.stack([embedded(embed, array(side, name)) for embed, name in zip(embeds, names, strict=True)], 1)
+        for embeds, side in ((loss.queries, student), (loss.keys, teacher))
+    )
+    assert loss(student, teacher, None).item() == pytest.approx(semckd_by_hand(errors, queries, keys), rel=1e-6)
+    loss(student, teacher, None).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in loss.parameters())
+
+
+def test_semckd_wants_two_images_and_no_more_than_a_batch():
+    outputs = features({"stage1": (3, 2, 2, 2)}, 1)
+    loss = built(SemCKD(["stage1"]), outputs, outputs, SimpleNamespace(batch_size=2))
+    assert "batches of 2 images or fewer, and this one has 3" in error_of(loss, outputs, outputs, None)
+    one = Outputs(outputs.logits[:1], {"stage1": outputs.features["stage1"][:1]})
+    assert "loss semckd relates the images of a batch" in error_of(loss, one, one, None)
+    embeddings = Embed(3, 2)(numbers(3, 4).float())
+    torch.testing.assert_close(embeddings, unit(embeddings))
+
+
 # SRD
 
 
@@ -686,7 +876,7 @@ def test_extreme_features_and_logits_give_finite_values_and_gradients(name, valu
 
     student, teacher = side(0, True), side(4, False)
     loss, _ = configured(name)
-    loss.build(student, teacher, None)
+    loss.build(student, teacher, SimpleNamespace(batch_size=4))
     total = loss(student, teacher, batch_of(torch.tensor([0, 1, 2, 4])))
     assert total.dtype == torch.float32 and torch.isfinite(total)
     total.backward()
@@ -767,7 +957,7 @@ def error_of(call, *arguments) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("make", [OFD, AB, NST, CWD, MGD, FT])
+@pytest.mark.parametrize("make", [OFD, AB, NST, CWD, MGD, FT, SemCKD])
 def test_vectors_are_refused_where_maps_are_needed(make):
     outputs = features({"pooled": (2, 8), "pooled:norm.weight": (8,), "pooled:norm.bias": (8,)}, 0)
     name = make.__name__.lower()
@@ -886,10 +1076,14 @@ def test_simkd_wants_the_teachers_classifier_and_a_body_that_pools(teacher_file,
     assert "the pooling is no module" in error_of(simkd_model, body, 5, 16, 32)
 
 
-@pytest.mark.parametrize("loss", ["at", "cat_kd", "ft", "nst", "dist"])
+@pytest.mark.parametrize("loss", ["at", "at4", "cat_kd", "ft", "nst", "dist", "channel", "spatial", "vkd"])
 def test_an_image_of_zeros_has_gradients_of_the_usual_size(loss):
     compare = {
         "at": lambda s, t: at([s], [t]),
+        "at4": lambda s, t: at([s], [t], 4.0),
+        "channel": channel_relation,
+        "spatial": spatial_relation,
+        "vkd": lambda s, t: vkd(t.flatten(1), s.flatten(1)),
         "cat_kd": lambda s, t: cat_kd(s, t, 2, normalize=True),
         "ft": ft,
         "nst": lambda s, t: nst([s], [t]),

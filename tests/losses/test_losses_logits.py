@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 from distill.cli import build
 from distill.data.fake import fake
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
+from distill.losses.abkd import abkd
 from distill.losses.ctkd import CTKD, ctkd, reversal
 from distill.losses.dist import DIST, correlation, dist
 from distill.losses.dkd import dkd
@@ -21,14 +23,17 @@ from distill.losses.kd import kd
 from distill.losses.logit_mse import logit_mse
 from distill.losses.logit_standardization import standardize
 from distill.losses.logits import others, soft_cross_entropy
+from distill.losses.luminet import LumiNet, luminet
 from distill.losses.mlkd import MLKD, mlkd
 from distill.losses.nkd import nkd
+from distill.losses.rld import rld
 from distill.losses.sdd import SDD, cell_logits, sdd
 from distill.losses.terms import build_losses
 from distill.losses.tfkd import tfkd
 from distill.losses.uskd import USKD, uskd
-from distill.losses.wkd_logit import WKDLogit, class_cost, sinkhorn, wkd_logit
+from distill.losses.wkd_logit import WKDLogit, cka, class_cost, sinkhorn, wkd_logit
 from distill.losses.wsld import wsld
+from distill.losses.wttm import wttm
 from distill.teachers.frozen import Frozen
 from distill.training.connect import connect
 from distill.types import Batch, Outputs
@@ -37,7 +42,7 @@ CONF = Path(__file__).parents[2] / "conf" / "loss"
 WITHOUT_TEACHER = ("tfkd", "uskd")
 NAMES = (
     "kd", "logit_standardization", "logit_mse", "dkd", "nkd", "uskd", "dist", "mlkd", "wsld", "ctkd", "tfkd",
-    "wkd_logit", "sdd",
+    "wkd_logit", "sdd", "wttm", "rld", "luminet", "abkd",
 )  # fmt: skip
 
 
@@ -181,6 +186,59 @@ def wkd_by_hand(s, t, y, at, cost, gamma, temperature, entropy, iterations):
     return total / len(s)
 
 
+def wttm_by_hand(s, t, y, at, gamma):
+    total = 0.0
+    for a, b in pairs(s, t):
+        powers = softmax(b) ** gamma
+        total += powers.sum() * kl(powers / powers.sum(), softmax(a))
+    return total / len(s)
+
+
+def rld_by_hand(s, t, y, at, alpha, beta, temperature, alpha_temperature):
+    total = 0.0
+    for a, b, label in pairs(s, t, y):
+        q, p = softmax(a / alpha_temperature), softmax(b / alpha_temperature)
+        top = int(np.argmax(b))
+        sure = kl((p[top], sum(without(p, top))), (q[label], sum(without(q, label))))
+        total += alpha * alpha_temperature**2 * sure
+        below = [k for k in range(len(b)) if b[k] < b[label]]
+        if below:
+            q, p = softmax(a[below] / temperature), softmax(b[below] / temperature)
+            total += beta * temperature**2 * kl(p, q)
+    return total / len(s)
+
+
+def luminet_by_hand(s, t, y, at, alpha, temperature):
+    def perceived(z):
+        out = np.zeros_like(z)
+        for k in range(z.shape[1]):
+            mean = sum(z[:, k]) / len(z)
+            variance = sum((x - mean) ** 2 for x in z[:, k]) / len(z)
+            out[:, k] = (z[:, k] - mean) / math.sqrt(variance + 1e-5)
+        return out
+
+    rows = pairs(perceived(s), perceived(t))
+    return alpha**2 * np.mean([kl(softmax(b / temperature), softmax(a / temperature)) for a, b in rows])
+
+
+def abkd_by_hand(s, t, y, at, alpha, beta, temperature):
+    """The general formula, and the limits as Cichocki et al. state them."""
+    total = 0.0
+    for a, b in pairs(s, t):
+        for q, p in pairs(softmax(a / temperature), softmax(b / temperature)):
+            if alpha and beta:
+                both = alpha + beta
+                term = p**alpha * q**beta - alpha / both * p**both - beta / both * q**both
+                total -= term / (alpha * beta)
+            elif alpha:
+                total += (p**alpha * math.log(p**alpha / q**alpha) - p**alpha + q**alpha) / alpha**2
+            elif beta:
+                total += (q**beta * math.log(q**beta / p**beta) - q**beta + p**beta) / beta**2
+            else:
+                total += 0.5 * (math.log(p) - math.log(q)) ** 2
+    return total / len(s)
+
+
 def fixed_cost(k: int) -> torch.Tensor:
     return class_cost(numbers(k, 4, seed=9), 1.0)
 
@@ -211,6 +269,21 @@ CASES = [
         "wkd_logit", lambda s, t, y, *o: wkd_logit(s, t, y, fixed_cost(s.shape[1]), *o),
         lambda s, t, y, at, *o: wkd_by_hand(s, t, y, at, fixed_cost(s.shape[1]).numpy(), *o),
         [{"g": 800.0, "T": 8.0, "e": 0.05, "i": 10}, {"g": 3.0, "T": 1.0, "e": 0.2, "i": 3}], BATCHES,
+    ),
+    ("wttm", lambda s, t, y, g: wttm(s, t, g), wttm_by_hand, [{"g": 0.2}, {"g": 1.0}, {"g": 1.7}], BATCHES),
+    (
+        "rld", rld, rld_by_hand,
+        [{"a": 1.0, "b": 8.0, "T": 4.0, "aT": 1.0}, {"a": 0.5, "b": 1.0, "T": 1.0, "aT": 3.0}], BATCHES,
+    ),
+    (
+        "luminet", lambda s, t, y, *o: luminet(s, t, *o), luminet_by_hand,
+        [{"a": 31.0, "T": 4.0}, {"a": 2.0, "T": 1.0}], [(2, 4), (4, 3), (3, 7)],
+    ),
+    (
+        "abkd", lambda s, t, y, *o: abkd(s, t, *o), abkd_by_hand,
+        [{"a": a, "b": b, "T": T} for a, b, T in
+         ((0.8, 0.3, 4.0), (1.0, 0.0, 1.0), (0.0, 1.0, 2.0), (0.5, 0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.0, 3.0))],
+        [(1, 2), (3, 7)],
     ),
 ]  # fmt: skip
 
@@ -331,6 +404,88 @@ def test_sdd_is_kd_of_every_cell_doubled_where_the_teacher_contradicts_itself(n,
             assert gradient[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize("form", ["kd", "dkd", "nkd"])
+def test_sdd_takes_each_form_of_every_cell(form):
+    s, t, y = numbers(3, 5, 4, seed=1), numbers(3, 5, 4, seed=2), some_labels(3, 4)
+    row = {
+        "kd": lambda a, b, label: kd_by_hand(a, b, 0, 0, 4.0),
+        "dkd": lambda a, b, label: dkd_by_hand(a, b, [label], 0, 0.5, 3.0, 4.0),
+        "nkd": lambda a, b, label: nkd_by_hand(a, b, [label], 0, 1.5, 4.0),
+    }[form]
+
+    def by_hand(student) -> float:
+        total = 0.0
+        for i, label in enumerate(y.tolist()):
+            for m in range(5):
+                contradicts = (int(t[i, m].argmax()) == label) != (int(t[i, 0].argmax()) == label)
+                total += (2 if contradicts else 1) * row(student[i, m : m + 1], t[i, m : m + 1].numpy(), label)
+        return total / 15
+
+    s.requires_grad_()
+    value = sdd(s, t, y, 4.0, 2.0, form=form, alpha=0.5, beta=3.0, gamma=1.5)
+    value.backward()
+    array = s.detach().numpy()
+    assert value.item() == pytest.approx(by_hand(array), rel=1e-9)
+    for place in list(np.ndindex(*array.shape))[::4]:
+        step = np.zeros_like(array)
+        step[place] = 1e-5
+        slope = (by_hand(array + step) - by_hand(array - step)) / 2e-5
+        assert s.grad[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+def test_cka_is_kornbliths():
+    features = numbers(3, 6, 4)
+
+    def hsic(x, y) -> float:
+        middle = np.eye(6) - np.ones((6, 6)) / 6
+        return np.trace((x @ x.T) @ middle @ (y @ y.T) @ middle)
+
+    found = cka(features).numpy()
+    for i, x in enumerate(features.numpy()):
+        for j, y in enumerate(features.numpy()):
+            assert found[i, j] == pytest.approx(hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y)), rel=1e-9)
+    rotated = features @ torch.linalg.qr(numbers(4, 4, seed=5)).Q
+    torch.testing.assert_close(cka(torch.stack([features[0], 3 * rotated[0] + 1])), torch.ones(2, 2).double())
+    assert torch.isfinite(cka(torch.zeros(2, 5, 3))).all()
+
+
+def test_wkds_cka_cost_comes_from_the_teachers_maps_of_training_images(data):
+    loss = made("wkd_logit", cost="cka", samples=3)
+    teacher = Frozen(network(1, (8, 16, 32)))
+    connect(network(0), teacher, {"wkd_logit": loss}, data, seed=0)
+    assert teacher.network.keep(()) and loss.teacher_taps == ()
+    teacher.network.keep(["last"])
+    features = []
+    for label in range(5):
+        rows = [row for row in range(len(data.train)) if data.train.labels[row] == label][:3]
+        images = torch.as_tensor(data.train.images[torch.tensor(rows)]).float() / 255
+        with torch.no_grad():
+            maps = teacher.network(images).features["last"]
+        features.append(maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]))
+    expected = 1 - torch.exp(-(1 - cka(torch.stack(features)))) + 1e-8
+    torch.testing.assert_close(loss.cost, expected, rtol=1e-3, atol=1e-4)
+    assert loss.cost.diagonal().abs().max() < 1e-3 < loss.cost.max()
+    assert "cost" not in loss.state_dict()
+    short = SimpleNamespace(labels=torch.tensor([0, 1, 1]))
+    with pytest.raises(UserError, match="cost=cka needs 2 training images or more of each class, and cat has 1"):
+        loss.survey(None, SimpleNamespace(train=short, num_classes=2, classes=["cat", "dog"]))
+    with pytest.raises(UserError, match=r"loss.wkd_logit.cost=cosine: choose fc or cka"):
+        WKDLogit(cost="cosine")
+
+
+def test_wkds_gamma_alone_falls_by_half_a_cosine():
+    loss = made("wkd_logit", gamma=[[150, 600.0], [240, 0.0, "cosine"]])
+    s, t = (outputs_of(numbers(3, 5, seed=seed).float(), seed) for seed in (1, 2))
+    batch = batch_of(some_labels(3, 5))
+    loss.build(s, t, Rows())
+    for epoch, gamma in ((0, 600.0), (150, 600.0), (180, 450.0), (195, 300.0), (240, 0.0), (300, 0.0)):
+        loss.epoch = epoch
+        expected = wkd_logit(s.logits, t.logits, batch.labels, loss.cost, gamma, 8.0, 0.05, 10)
+        assert loss(s, t, batch).item() == pytest.approx(expected.item(), rel=1e-9)
+    with pytest.raises(UsageError, match=r"loss.wkd_logit.gamma=\[\[5, 1\], \[3, 0\]\]: expected .* in rising epochs"):
+        WKDLogit(gamma=[[5, 1], [3, 0]])
+
+
 def test_the_cost_between_classes_comes_from_the_cosine_of_their_weights():
     weight = numbers(4, 3)
     cost = class_cost(weight, 2.0).numpy()
@@ -361,6 +516,10 @@ def test_losses_that_are_distances_are_zero_at_the_teacher_and_positive_elsewher
         lambda s: ctkd(s, t, torch.ones(()), 1.0, 1.0, 20.0),
         lambda s: sdd(s[:, None], t[:, None], y, 4.0, 2.0),
         lambda s: kd(standardize(s), standardize(t), 2.0),
+        lambda s: rld(s, t, t.argmax(1), 1.0, 8.0, 4.0, 1.0),
+        lambda s: luminet(s, t, 31.0, 4.0),
+        lambda s: abkd(s, t, 0.8, 0.3, 4.0),
+        lambda s: wttm(s, t, 1.0),
     ):
         assert distance(t).item() == pytest.approx(0, abs=1e-3)  # DIST: its 1e-8
         assert distance(flipped).item() > 0.01
@@ -377,6 +536,9 @@ def test_all_but_mse_ignore_a_constant_per_row():
         lambda s: tfkd(s, y, 20.0, 0.99),
         lambda s: wkd_logit(s, t, y, fixed_cost(6), 800.0, 8.0, 0.05, 10),
         lambda s: uskd(s, t, y, 1.0, 1.0, 1.0),
+        lambda s: wttm(s, t, 0.3),
+        lambda s: rld(s, t, y, 1.0, 8.0, 4.0, 1.0),
+        lambda s: abkd(s, t, 0.8, 0.3, 4.0),
     ):
         assert loss(s + shift).item() == pytest.approx(loss(s).item(), rel=1e-9)
 
@@ -385,6 +547,42 @@ def test_dkd_is_kd_where_beta_is_the_teachers_doubt():
     s, t, label, temperature = numbers(1, 6, seed=1), numbers(1, 6, seed=2), torch.tensor([3]), 3.0
     doubt = 1 - softmax(t[0].numpy() / temperature)[3]
     assert dkd(s, t, label, 1.0, doubt, temperature).item() == pytest.approx(kd(s, t, temperature).item(), rel=1e-9)
+
+
+def test_wttm_is_kd_that_softens_only_the_teacher_and_weighs_by_its_doubt():
+    s, t = numbers(1, 6, seed=1), numbers(1, 6, seed=2)
+    weight = (softmax(t[0].numpy()) ** 0.25).sum()
+    assert wttm(s, t, 0.25).item() == pytest.approx(weight * kd(s, 0.25 * t, 1.0).item(), rel=1e-9)
+
+
+def test_rld_ignores_classes_that_the_teacher_puts_above_the_label():
+    s, t = numbers(1, 6, seed=1), torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]]).double()
+    order = partial(rld, alpha=0.0, beta=1.0, temperature=2.0, alpha_temperature=1.0)
+    label = torch.tensor([2])
+    raised = s + torch.tensor([[9.0, -7.0, 5.0, 0.0, 0.0, 0.0]])
+    assert order(raised, t, label).item() == pytest.approx(order(s, t, label).item(), rel=1e-9)
+    last = s.clone().requires_grad_()
+    value = order(last, t, torch.tensor([5]))
+    value.backward()
+    assert value.item() == 0 and last.grad.abs().max() == 0
+
+
+def test_abkd_contains_kl_its_reverse_and_distances():
+    s, t = numbers(3, 6, seed=1), numbers(3, 6, seed=2)
+    q, p = s.softmax(1), t.softmax(1)
+    assert abkd(s, t, 1.0, 0.0, 1.0).item() == pytest.approx(kd(s, t, 1.0).item(), rel=1e-9)
+    assert abkd(s, t, 0.0, 1.0, 1.0).item() == pytest.approx(kd(t, s, 1.0).item(), rel=1e-9)
+    assert abkd(s, t, 1.0, 1.0, 1.0).item() == pytest.approx(0.5 * (p - q).pow(2).sum(1).mean().item(), rel=1e-9)
+    hellinger = 0.5 * (p.sqrt() - q.sqrt()).pow(2).sum(1).mean().item()
+    assert abkd(s, t, 0.5, 0.5, 1.0).item() == pytest.approx(4 * hellinger, rel=1e-9)
+    near = abkd(s, t, 0.7, 1e-6, 1.0).item()
+    assert near == pytest.approx(abkd(s, t, 0.7, 0.0, 1.0).item(), rel=1e-4)
+
+
+def test_luminet_ignores_the_scale_and_shift_of_every_class():
+    s, t = numbers(5, 6, seed=1), numbers(5, 6, seed=2)
+    moved = s * numbers(1, 6, seed=3).abs() * 50 + numbers(1, 6, seed=4)
+    assert luminet(moved, t, 31.0, 4.0).item() == pytest.approx(luminet(50 * s, t, 31.0, 4.0).item(), rel=1e-5)
 
 
 def test_the_cross_entropies_are_least_at_the_teacher():
@@ -422,6 +620,8 @@ def test_batch_and_class_order_do_not_matter():
         lambda s, t, y, w: dkd(s, t, y, 1.0, 8.0, 4.0),
         lambda s, t, y, w: uskd(s, t, y, 1.0, 2.0, 3.0),
         lambda s, t, y, w: wkd_logit(s, t, y, class_cost(w, 1.0), 800.0, 8.0, 0.05, 10),
+        lambda s, t, y, w: rld(s, t, y, 1.0, 8.0, 4.0, 1.0),
+        lambda s, t, y, w: luminet(s, t, 31.0, 4.0),
     ):
         expected = pytest.approx(loss(s, t, y, weight).item(), rel=1e-9)
         assert loss(s[rows], t[rows], y[rows], weight).item() == expected
@@ -544,6 +744,10 @@ def test_what_a_loss_cannot_use_is_told_in_one_line():
     one = Outputs(torch.zeros(1, 3), {})
     with pytest.raises(UserError, match="loss dist needs at least 2 images in a batch, this one has 1"):
         DIST()(one, one, batch_of(torch.tensor([0])))
+    with pytest.raises(UserError, match="loss luminet needs at least 2 images in a batch, this one has 1"):
+        LumiNet()(one, one, batch_of(torch.tensor([0])))
+    with pytest.raises(UserError, match=r"loss.sdd.form=ckd: choose kd, dkd, nkd"):
+        SDD(form="ckd")
     wrong = Outputs(torch.zeros(2, 3), {"head:weight": torch.zeros(8, 3)})
     with pytest.raises(UserError, match=r"loss wkd_logit needs .*'head:weight' .* 3 classes, not the shape \(8, 3\)"):
         WKDLogit().build(wrong, wrong, None)
@@ -596,7 +800,10 @@ def test_two_epochs_lower_the_loss_and_train_its_parts(name, data):
             assert not torch.equal(saved, made_state(name, data, taught)[key.removeprefix("losses.only.")])
 
 
-SCALE = {"dist": 10.0, "mlkd": 10.0, "wkd_logit": 100.0, "dkd": 8.0, "nkd": 30.0, "wsld": 16.0}
+SCALE = {
+    "dist": 10.0, "mlkd": 10.0, "wkd_logit": 100.0, "dkd": 8.0, "nkd": 30.0, "wsld": 16.0, "rld": 8.0, "luminet": 100.0,
+    "wttm": 5.0,
+}  # fmt: skip
 
 
 def made_state(name: str, data, taught: bool) -> dict:

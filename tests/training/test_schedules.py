@@ -25,9 +25,16 @@ def test_a_weight_is_linear_between_its_points_and_constant_outside():
     jump = [[0, 1.0], [3, 1.0], [3, 0.0]]
     assert [weight_at(jump, epoch) for epoch in (0, 2.9, 3, 5)] == [1, 1, 0, 0]
     assert weight_at(0.7, 5) == 0.7
+    fall = [[150, 600.0], [240, 0.0, "cosine"]]
+    assert [weight_at(fall, epoch) for epoch in (0, 150, 180, 195, 240, 300)] == pytest.approx(
+        [600, 600, 450, 300, 0, 0]
+    )
+    check_weight("kd", fall)
 
 
-@pytest.mark.parametrize("weight", ["heavy", True, [], [1, 2], [[0, "a"]], [[3, 1], [1, 0]]])
+@pytest.mark.parametrize(
+    "weight", ["heavy", True, [], [1, 2], [[0, "a"]], [[3, 1], [1, 0]], [[0]], [[0, 1], [2, 1, "sine"]]]
+)
 def test_a_wrong_weight_is_refused(weight):
     with pytest.raises(UsageError, match=r"loss.kd.weight"):
         check_weight("kd", weight)
