@@ -39,6 +39,7 @@ def connect(
             teacher_outputs = teacher.eval()(batch)
         teacher.train()
         _check_logits(teacher_outputs.logits, getattr(teacher.network, "role", None) or "teacher", data)
+    ours, theirs = student_outputs.float(), teacher_outputs and teacher_outputs.float()  # as in training
     for name, loss in terms.items():
         if loss.needs_teacher and teacher is None:
             raise UserError(f"loss {name} needs a teacher, and this run has none")
@@ -49,7 +50,7 @@ def connect(
                 f"{', '.join(['logits', *teacher_outputs.features])} only"
             )
         torch.manual_seed(seed)
-        loss.build(student_outputs, teacher_outputs, data)
+        loss.build(ours, theirs, data)
     if teacher is not None and any(loss.survey_taps for loss in terms.values()):
         _survey(teacher, terms, data)
     return teacher_outputs
