@@ -35,6 +35,11 @@ Every method is a file in `conf/loss` and one in `distill/losses`, and any of th
   each of {rows:,} training images.
 - **weight**: the default, in front of the unweighted term.
 - **time**, **memory**: of a training step, divided by those of `kd`; memory is what is kept for the backward pass.
+
+Left out: KD by singular vectors (Lee et al., ECCV 2018). Its loss compares products of singular vectors of consecutive
+layers, and the sign of each is arbitrary: the released code aligns the student's to the teacher's, whose own still
+decide the value, so that it changes with the library that computes them. A form that doesn't depend on them would be
+another method, and of relations between layers there is `fsp`.
 """
 
 

@@ -64,7 +64,8 @@ def stand_in(cfg: DictConfig, data: Data) -> Teacher:
     torch.manual_seed(cfg.seed)
     kind, made = get_object(cfg.teacher._target_), (data.num_classes, data.image_size, cfg.seed)
     if kind is Peer:
-        return Peer(build_network(cfg.teacher.network, *made))
+        peers, another = cfg.teacher.get("peers", 1), lambda number: build_network(cfg.teacher.network, *made)
+        return Peer(another(0), peers=peers, another=another)
     if kind is Ema:
         return Ema(build_network(cfg.student, *made), cfg.teacher.decay)
     if kind is Committee:

@@ -38,7 +38,7 @@ from distill.training.store import once
 
 CROSS_ENTROPY = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.0, "weight": 1.0}
 TEACHERS = {"ema": None, "early_stopping": None, "select": "best"}  # whatever the student's recipe says
-MEMBERS_APART = 1000  # between the seeds of an ensemble's members: far from those of a sweep
+MEMBERS_APART = 1000  # between the seeds of an ensemble's members, or of peers: far from those of a sweep
 CHECKED = 512  # validation images that tell whether a teacher is better than chance
 
 
@@ -55,8 +55,14 @@ def teacher(cfg: DictConfig, data: Data) -> Teacher:
         ]
         return frozen(cfg, Committee(members, cfg.teacher.weights), data)
     if kind is Peer:
-        peer = build_network(cfg.teacher.network, data.num_classes, data.image_size, cfg.seed + 2)
-        return Peer(peer, cfg.teacher.temperature, cfg.teacher.weight, ce(cfg).get("label_smoothing", 0.0))
+
+        def peer(number: int) -> Network:
+            seed = cfg.seed + 2 + number * MEMBERS_APART
+            return build_network(cfg.teacher.network, data.num_classes, data.image_size, seed)
+
+        own = cfg.teacher
+        smoothing = ce(cfg).get("label_smoothing", 0.0)
+        return Peer(peer(0), own.temperature, own.weight, smoothing, own.get("peers", 1), peer)
     if kind is Ema:
         return Ema(build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
     return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data, cfg.teacher.fit.seed), data)

@@ -1,5 +1,5 @@
 """Who teaches. A teacher answers to a batch: `Frozen` is a trained network, or a `Committee` of several, `Peer` a
-second student that learns along, `Ema` the student's own past."""
+second student, or several, that learn along, `Ema` the student's own past."""
 
 from torch import Tensor, nn
 

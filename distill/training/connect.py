@@ -40,6 +40,7 @@ def connect(
             teacher_outputs = teacher.eval()(batch)
         teacher.train()
         _check_logits(teacher_outputs.logits, getattr(teacher.network, "role", None) or "teacher", data)
+    ours, theirs = student_outputs.float(), teacher_outputs and teacher_outputs.float()  # as in training
     for name, loss in terms.items():
         if loss.needs_teacher and teacher is None:
             raise UsageError(f"loss {name} needs a teacher, and this run has none")
@@ -51,7 +52,7 @@ def connect(
             )
         torch.manual_seed(seed)
         try:
-            loss.build(student_outputs, teacher_outputs, data)
+            loss.build(ours, theirs, data)
         except UserError as error:
             raise UsageError(str(error)) from error
     if teacher is not None and any(loss.survey_taps for loss in terms.values()):

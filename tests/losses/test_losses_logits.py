@@ -433,6 +433,12 @@ def test_sdd_takes_each_form_of_every_cell(form):
         assert s.grad[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
+def test_sdd_is_built_from_a_teacher_that_computes_in_bfloat16(data):
+    loss, teacher = made("sdd"), Frozen(network(1, (8, 16, 32)), "bf16-mixed")
+    seen = connect(network(0), teacher, {"sdd": loss}, data, seed=0)
+    assert seen.logits.dtype == torch.bfloat16
+
+
 def test_cka_is_kornbliths():
     features = numbers(3, 6, 4)
 

@@ -1,5 +1,6 @@
 """Ensemble, peer and moving average: what they answer, how they learn, what the checkpoint holds, exact resumes."""
 
+import copy
 import math
 from functools import partial
 
@@ -218,6 +219,64 @@ def test_both_learn_in_one_optimizer_both_are_kept_and_the_student_ships(data):
     torch.testing.assert_close(again.teacher.network.state_dict(), statistics)
     last = fit(module_of(data, Peer(otherwise(3)), {"ce": CE(), "kd": KD(1.0)}), data, 4).callback_metrics
     assert last["train/teacher"].item() < first
+
+
+def test_several_peers_each_learn_from_the_mean_divergence_to_all_others():
+    temperature, weight, labels = 2.0, 0.5, torch.tensor([0, 3, 1, 1])
+    everyone = [numbers(4, 5, seed=seed).requires_grad_() for seed in (1, 2, 3, 4)]  # the student, three peers
+    arrays = [logits.detach().numpy() for logits in everyone]
+    peer = Peer(network(1), temperature, weight, peers=3, another=lambda number: network(1 + number))
+
+    def divergence(p: int, rows: np.ndarray) -> float:
+        total = 0.0
+        for other in (each for number, each in enumerate(arrays) if number != p):
+            for mine, theirs in zip(rows, other, strict=True):
+                a, b = softmax(theirs / temperature), softmax(mine / temperature)
+                total += temperature**2 * sum(x * math.log(x / y) for x, y in zip(a, b, strict=True)) / (4 * 3)
+        return total
+
+    def by_hand(p: int, rows: np.ndarray) -> float:
+        entropy = -sum(math.log(softmax(row)[label]) for row, label in zip(rows, labels.tolist(), strict=True)) / 4
+        return entropy + weight * divergence(p, rows)
+
+    answer = Outputs(torch.zeros(4, 5), {"peers": torch.stack(everyone[1:])})
+    value = peer.loss(Outputs(everyone[0].detach(), {}), answer, batch_of(labels))
+    assert value.item() == pytest.approx(sum(by_hand(p, arrays[p]) for p in (1, 2, 3)), rel=1e-9)
+    value.backward()
+    assert everyone[0].grad is None
+    for p in (1, 2, 3):
+        slope = slopes(lambda rows, p=p: by_hand(p, rows), arrays[p])
+        np.testing.assert_allclose(everyone[p].grad.numpy(), slope, rtol=1e-5, atol=1e-8)
+    # the student's side: KL to the mean of the probabilities has the gradient of the mean of the KLs
+    mean = torch.stack([logits.detach().div(temperature).softmax(1) for logits in everyone[1:]]).mean(0)
+    kd(everyone[0], temperature * mean.log(), temperature).backward()
+    slope = slopes(lambda rows: divergence(0, rows), arrays[0])
+    np.testing.assert_allclose(everyone[0].grad.numpy(), slope, rtol=1e-5, atol=1e-8)
+
+
+def slopes(function, point: np.ndarray) -> np.ndarray:
+    found = np.zeros_like(point)
+    for place in np.ndindex(point.shape):
+        step = np.zeros_like(point)
+        step[place] = 1e-5
+        found[place] = (function(point + step) - function(point - step)) / 2e-5
+    return found
+
+
+def test_several_peers_answer_with_their_mean_and_all_learn(data):
+    peer = Peer(otherwise(3), peers=3, another=lambda number: otherwise(3 + number))
+    start = copy.deepcopy(peer.state_dict())
+    module = module_of(data, peer, {"ce": CE(), "kd": KD(1.0)})
+    answer, images = module.teacher.eval()(some(data)), some(data).images
+    members = [module.teacher.network, *module.teacher.others]
+    wanted = torch.stack([member(images).logits.softmax(1) for member in members]).mean(0)
+    torch.testing.assert_close(answer.logits.softmax(1), wanted)
+    assert len(members) == 3 and not torch.equal(*(member(images).logits for member in members[1:]))
+    module.teacher.train()
+    trainer = fit(module, data, 1)
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    for name, parameter in module.teacher.named_parameters():
+        assert id(parameter) in optimized and not torch.equal(parameter, start[name]), name
 
 
 # Ema
