@@ -3,20 +3,21 @@
 python train.py teacher=resnet50 student=mobilenet
 """
 
-from distill.cli.command import command
+from distill.cli.command import command, importing
 
 
 @command
 def main(cfg):
-    from distill import compress, export
-    from distill.cli import build, rehearsal, roles
-    from distill.compress.auto import exceeded
-    from distill.errors import UserError
-    from distill.export.deploy import write_readme
-    from distill.progress import leads, say
-    from distill.report import page, parity, tables
-    from distill.report.evaluate import evaluate
-    from distill.runs import run  # torch is imported from here on
+    with importing():  # torch is imported from here on
+        from distill import compress, export
+        from distill.cli import build, rehearsal, roles
+        from distill.compress.auto import exceeded
+        from distill.errors import UserError
+        from distill.export.deploy import write_readme
+        from distill.progress import leads, say
+        from distill.report import page, parity, tables
+        from distill.report.evaluate import evaluate
+        from distill.runs import run
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import gc
 import os
 import re
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -31,6 +34,7 @@ def command(job):
     @functools.wraps(job)
     def guarded(cfg):
         try:
+            _need("torch", "torchvision")
             present(cfg)
             config.check(cfg, list(HydraConfig.get().overrides.task))
             return job(cfg)
@@ -71,6 +75,21 @@ def command(job):
     return main
 
 
+@contextlib.contextmanager
+def importing():
+    """Around the imports of a program: the garbage collector looks for nothing in the million objects that torch and
+    what comes with it are made of, neither while they are imported nor later (5.3 → 2.7 s for importing and ending)."""
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()
+
+
 def _asked_about(argv: list[str]) -> str | None:
     """The group of `--help GROUP`."""
     if not {"--help", "-h"} & {*argv}:
@@ -98,6 +117,8 @@ def _tell(error: Exception) -> int:
         text = str(known)
     elif isinstance(error, (HydraException, OmegaConfBaseException)):
         text = _hydra_text(str(chain[-1] if "Error in call to target" in str(error) else error))
+    elif absent := next(filter(None, map(_not_installed, chain)), None):
+        text = absent
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     elif memory := next(filter(None, map(_memory, chain)), None):
@@ -106,6 +127,28 @@ def _tell(error: Exception) -> int:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
     print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
     return 2 if usage else 1
+
+
+def _need(*packages: str) -> None:
+    """Raises UserError where one is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(_install(package))
+
+
+def _install(package: str) -> str:
+    names = {"torch": "torch torchvision", "sklearn": "scikit-learn", "PIL": "pillow"}
+    return f"{package} is not installed: pip install {names.get(package, package.replace('_', '-'))}"
+
+
+def _not_installed(error: Exception) -> str | None:
+    """The command that brings a package that is missing, or torch and torchvision that belong together."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return _install(error.name.partition(".")[0])
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
+        pair = " and ".join(f"{package} {version(package)}" for package in ("torch", "torchvision"))
+        return f"{pair} don't belong together: pip install --upgrade torch torchvision"
+    return None
 
 
 def _memory(error: Exception) -> str | None:
