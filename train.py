@@ -10,7 +10,7 @@ from distill.cli.command import command, importing
 def main(cfg):
     with importing():  # torch is imported from here on
         from distill import compress, export
-        from distill.cli import build, rehearsal, roles
+        from distill.cli import build, forecast, rehearsal, roles
         from distill.compress.auto import exceeded
         from distill.errors import UserError
         from distill.export.deploy import write_readme
@@ -25,9 +25,9 @@ def main(cfg):
         data = build.data(cfg.data)
 
         if job.does("check"):
-            rehearsal.tell(cfg, data)
+            forecast.tell(cfg, data, folder)
         elif job.does("cache", "distill") and not (folder / "checkpoints").exists():
-            rehearsal.rehearse(cfg, data)  # what can be known is told now
+            rehearsal.rehearse(cfg, data, folder)  # what can be known is told now
         if list(cfg.stages) == ["check"]:
             return
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning

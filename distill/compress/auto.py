@@ -20,6 +20,7 @@ import torch
 from annotated_types import Len
 from torch import nn
 
+from distill.compress import beside
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.prune import prune
 from distill.compress.qat_int8 import qat_int8
@@ -164,6 +165,21 @@ def auto(
         with atomic(kept) as temporary:
             temporary.write_text(json.dumps(record, indent=2))
     return result
+
+
+def attempt(net: nn.Module, data: Data, flow: str, *, quantizers=tuple(QUANTIZERS), **others) -> None:
+    """Capture `net` for the quantizers, of which one is enough."""
+    failures = []
+    for name in quantizers:
+        step = others.get(name, QUANTIZERS[name])
+        tries = None if step is None else beside(step)
+        if tries is None:
+            return
+        try:
+            return tries(net, data, flow, **getattr(step, "keywords", {}))
+        except UserError as error:
+            failures.append(str(error))
+    raise UserError(f"compress=auto: none of {', '.join(quantizers)} can take it: {failures[0]}")
 
 
 def exceeded(rows: Iterable, names: Iterable[str], bytes: int | str | None, latency_ms: float | None) -> list[str]:

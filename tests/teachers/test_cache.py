@@ -361,7 +361,7 @@ def student_of(folder) -> dict:
 
 @pytest.mark.parametrize("choice", ["loss=[ce,kd]", "loss=[ce,kd,fitnet]", "teacher.precision=int8"])
 def test_a_cached_run_ends_with_the_bits_of_the_online_run(train, quick, tmp_path, choice, capsys, monkeypatch):
-    monkeypatch.setattr(rehearsal, "rehearse", lambda cfg, data: None)  # which asks a teacher of its own
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: None)  # which asks a teacher of its own
     words = [*quick, choice, "loss.kd.weight=3", "trainer.max_epochs=4", "cache.views=2", "baseline=false"]
     words += ["stages=[teacher,distill]"]
     assert train(*words, "cache=off", "name=online", cwd=tmp_path) == 0
@@ -393,7 +393,7 @@ def test_a_teacher_in_int8_says_how_near_it_is_and_has_no_features(train, quick,
 
 
 def test_filled_ahead_nothing_is_asked_while_training(train, quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rehearsal, "rehearse", lambda cfg, data: None)  # which asks a teacher of its own
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: None)  # which asks a teacher of its own
     words = [*quick, "trainer.max_epochs=3", "cache.views=2", "baseline=false"]
     assert train(*words, "stages=[cache]", "name=ahead", cwd=tmp_path) == 0
     assert "filled in" in capsys.readouterr().out
