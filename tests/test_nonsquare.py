@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sets import fake, imagefolder, webdataset
 from test_augment import differing, torchvision_op
 from test_data_shards import make_shards
 from torch import nn
@@ -18,11 +19,8 @@ from benchmarks.losses import NAMES, OTHER_STUDENTS, Step, compose, networks
 from distill.data import policies
 from distill.data.augment import CenterCrop, Chain, Cutout, RandomResizedCrop, ShiftFlip, covering
 from distill.data.color import ColorJitter
-from distill.data.fake import fake
-from distill.data.imagefolder import imagefolder
 from distill.data.mix import CutMix, Mixup
 from distill.data.policies import LEVELS, OPERATIONS, RandAugment, TrivialAugment
-from distill.data.webdataset import webdataset
 from distill.errors import UsageError, UserError
 from distill.networks import deit, timm_models, torchvision_models
 from distill.networks.network import Network

@@ -9,9 +9,9 @@ import torch
 from conftest import QUICK
 from filelock import FileLock
 from omegaconf import OmegaConf
+from sets import digits
 
 import distill
-from distill.data.digits import digits
 from distill.errors import UserError
 from distill.export.torchscript import read_metadata
 from distill.runs import run, student, tables

@@ -76,17 +76,24 @@ class Split(Dataset):
 
 @dataclass(eq=False)
 class Data:
-    """An image set. Its training rows are 0 … n-1; validation is part of neither training nor test."""
+    """An image set. Its training rows are 0 … n-1; validation is part of neither training nor test.
+
+    Args:
+        batch_size, num_workers: of its loaders; who makes the set leaves them out, see distill/cli/build.py.
+            num_workers=None: 2, and none for images in memory.
+    """
 
     classes: list[str]
     image_size: ImageSize
     train: Split
     val: Split
     test: Split
-    batch_size: int
-    num_workers: int
+    batch_size: int = 64
+    num_workers: int | None = None
 
     def __post_init__(self):
+        if self.num_workers is None:
+            self.num_workers = 0 if isinstance(self.train.images, Tensor) else 2
         if self.batch_size < 1 or self.num_workers < 0:
             raise UsageError(
                 "data.batch_size must be at least 1 and data.num_workers at least 0, "
@@ -168,8 +175,6 @@ def from_arrays(
     val: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     augment: Mapping[str, Callable] | None,
-    batch_size: int,
-    num_workers: int,
     default: Callable = ShiftFlip(),  # noqa: B008 - a frozen value
 ) -> Data:
     """An image set in memory, from (images, labels) pairs.
@@ -187,7 +192,7 @@ def from_arrays(
         return Split(images.expand(-1, 3, -1, -1).contiguous(), labels, size, **training)
 
     training = split(train, transform=chain(augment, default), training=True)
-    return Data(list(classes), size, training, split(val), split(test), batch_size, num_workers)
+    return Data(list(classes), size, training, split(val), split(test))
 
 
 def from_encoded(
@@ -199,8 +204,6 @@ def from_encoded(
     pack_size: ImageSize | None,
     store: str | None,
     augment: Mapping[str, Callable] | None,
-    batch_size: int,
-    num_workers: int | None,
 ) -> Data:
     """An image set of encoded images: in memory if they are small, packed if asked to, else decoded batch by batch.
 
@@ -210,14 +213,13 @@ def from_encoded(
         image_size: None: that of the images if all are equal and at most 64 px, otherwise 224.
         pack_size: of packed images, from which views are cropped; None: images are not packed.
         store: folder of packs.
-        num_workers: None: 2, and none for images in memory.
     """
     lengths = [len(part) for part in rows.values()]
     if pack_size is None:
         pixels = read_small(images.select(torch.cat(list(rows.values()))), image_size, store)
         if pixels is not None:
             pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
-            return from_arrays(classes, *pairs, augment, batch_size, num_workers or 0)
+            return from_arrays(classes, *pairs, augment)
 
     if pack_size is None:  # else all are decoded now
         check(images, torch.cat([rows["val"], rows["test"]]), store)
@@ -242,7 +244,7 @@ def from_encoded(
     whole = CenterCrop() if packed is None else CenterCrop(min(CenterCrop.resize, room))
     train = Split(splits["train"], labels[rows["train"]], size, transform, training=True)
     val, test = (Split(splits[split], labels[rows[split]], size, whole) for split in ("val", "test"))
-    return Data(list(classes), size, train, val, test, batch_size, 2 if num_workers is None else num_workers)
+    return Data(list(classes), size, train, val, test)
 
 
 def cut(labels: Tensor, fractions: Sequence[float], seed: int, classes: Sequence[str]) -> list[Tensor]:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sets import fake
 from torch import nn
 
 from distill import compress
@@ -15,7 +16,6 @@ from distill.compress.qat_int8 import qat_int8
 from distill.compress.sparsify import sparsify
 from distill.compress.static_int8 import static_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.networks.fold import without_fast_paths
 from distill.networks.torchvision_models import classifier

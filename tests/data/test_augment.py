@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from lightning_fabric.utilities import move_data_to_device  # what the Trainer uses
 from omegaconf import OmegaConf
 from scipy.stats import beta, kstest
+from sets import fake
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.data._utils.collate import default_convert
@@ -19,7 +20,6 @@ from distill.data import color, policies
 from distill.data.augment import Chain, Cutout, Flip, RandomResizedCrop, ShiftFlip, chain
 from distill.data.color import ColorJitter
 from distill.data.draws import draws
-from distill.data.fake import fake
 from distill.data.mix import CutMix, Mixup
 from distill.data.policies import LEVELS, OPERATIONS, RandAugment, TrivialAugment
 from distill.errors import UsageError

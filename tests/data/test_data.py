@@ -2,10 +2,12 @@
 
 import gzip
 import hashlib
+import inspect
 import os
 import pickle
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -14,31 +16,30 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from hydra.utils import instantiate
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 from PIL import Image
+from sets import cifar10, digits, fake, fashion_mnist, imagefolder
 from test_data_shards import make_shards
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.transforms.v2 import functional as F
 
+from distill.cli import build
 from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip
 from distill.data.base import cut
 from distill.data.batches import EpochBatches
-from distill.data.cifar10 import cifar10
-from distill.data.digits import digits
 from distill.data.draws import draws
-from distill.data.fake import fake
-from distill.data.fashion_mnist import fashion_mnist
 from distill.data.files import ImageError, read
-from distill.data.imagefolder import imagefolder
 from distill.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
-def described(name: str):
+def described(name: str, **overrides):
     """conf/data/NAME.yaml, as it is with augment=[]."""
-    return OmegaConf.create({"augment": {}, "data": OmegaConf.load(CONF / f"{name}.yaml")}).data
+    cfg = OmegaConf.create({"augment": {}, "data": OmegaConf.load(CONF / f"{name}.yaml")}).data
+    cfg.update(overrides)
+    return cfg
 
 
 SHARED = os.environ.get("DISTILL_SHARED_DATA")
@@ -482,7 +483,7 @@ def make_fashion(root: Path) -> Path:
 @pytest.mark.parametrize("dataset, train", [(CIFAR10, 100), (CIFAR100, 20)])
 def test_cifar(tmp_path, monkeypatch, dataset, train):
     make_cifar(tmp_path, dataset, monkeypatch)
-    data = instantiate(described(dataset.__name__.lower()), root=str(tmp_path))
+    data = build.data(described(dataset.__name__.lower(), root=str(tmp_path)))
     assert data.classes == ["red", "blue"] and data.image_size == 32
     assert [len(s) for s in (data.train, data.val, data.test)] == [train * 9 // 10, train // 10, 20]
     source = dataset(tmp_path, train=False)
@@ -534,7 +535,7 @@ MADE = {
 def test_every_config_gives_data(name, tmp_path, monkeypatch):
     overrides = MADE[name](tmp_path, monkeypatch) if name in MADE else {}
     monkeypatch.chdir(tmp_path)  # packs lie there
-    data = instantiate(described(name), **overrides)
+    data = build.data(described(name, **overrides))
     batch = next(iter(data.train_loader(0)))
     assert batch.images.shape[1:] == (3, data.image_size, data.image_size)
     assert set(batch.labels.tolist()) <= set(range(data.num_classes))
@@ -544,9 +545,40 @@ def test_every_config_gives_data(name, tmp_path, monkeypatch):
 def test_augment_is_chosen_by_its_target():
     augment = {"mine": {"_target_": "distill.data.augment.RandomResizedCrop", "scale": [0.5, 1.0]}}
     cfg = OmegaConf.create({"augment": augment, "data": OmegaConf.load(CONF / "fake.yaml")}).data
-    data = instantiate(cfg, _convert_="all")
+    data = build.data(cfg)
     assert data.train.transform == Chain((RandomResizedCrop(scale=[0.5, 1.0]),))
     assert next(iter(data.train_loader(0))).images.shape == (64, 3, 32, 32)
+
+
+def own_set(train_size: int, batch_size: int = 4):
+    """A function of a user's that takes what earlier versions gave it."""
+    asked.append(batch_size)
+    return replace(fake(1, 0, train_size=train_size), batch_size=batch_size)
+
+
+def their_set(**options):
+    asked.append(options)
+    return fake(2, 0, train_size=60)
+
+
+asked = []
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("own_set", 16), ("their_set", {"train_size": 60, "batch_size": 16, "num_workers": 1})]
+)
+def test_a_function_of_the_users_own_may_ask_for_the_loaders_options(name, given):
+    cfg = {"_target_": f"test_data.{name}", "train_size": 60, "batch_size": 16, "num_workers": 1}
+    data = build.data(OmegaConf.create(cfg))
+    assert (data.batch_size, data.num_workers, asked.pop()) == (16, 1, given)
+    del cfg["batch_size"], cfg["num_workers"]
+    assert build.data(OmegaConf.create(cfg)).batch_size == {"own_set": 4, "their_set": 2}[name]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_an_image_set_knows_nothing_of_loaders(name):
+    taken = inspect.signature(get_object(described(name)._target_)).parameters
+    assert not {"batch_size", "num_workers"} & {*taken}
 
 
 @pytest.mark.parametrize("numbers", [{"batch_size": 0, "num_workers": 0}, {"batch_size": 4, "num_workers": -1}])

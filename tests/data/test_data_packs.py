@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sets import imagefolder
 
 from distill.data import files as files_module
 from distill.data.augment import CenterCrop, RandomResizedCrop, ShiftFlip
 from distill.data.files import ImageError, read
-from distill.data.imagefolder import imagefolder
 from distill.data.pack import Packed
 from distill.errors import UserError
 

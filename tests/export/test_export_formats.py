@@ -9,13 +9,13 @@ from pathlib import Path
 import loaders
 import pytest
 import torch
+from sets import fake
 from torch import nn
 
 from distill import export as exporting
 from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.export import deploy, executorch, onnx, torch_export, torchscript
 from distill.networks.network import Network

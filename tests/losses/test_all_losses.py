@@ -9,10 +9,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from sets import digits
 
 from benchmarks.losses import NAMES as ALL
 from benchmarks.losses import OTHER_STUDENTS, compose, networks
-from distill.data.digits import digits
 from distill.errors import UserError
 from distill.losses.terms import build_losses
 from distill.teachers.frozen import Frozen

@@ -12,9 +12,9 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from sets import fake
 from test_module import network
 
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.ab import AB, ab
 from distill.losses.at import at

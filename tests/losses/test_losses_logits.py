@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from sets import fake
 from test_module import distil, network
 from torch import nn
 
 from distill.cli import build
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.ctkd import CTKD, ctkd, reversal
 from distill.losses.dist import DIST, correlation, dist

@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.utils import instantiate
+from sets import fake
 from test_losses import numbers, softmax
 from test_module import network
 
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.cc import CC, cc
 from distill.losses.ce import CE

@@ -11,13 +11,13 @@ import torch
 import torchvision
 from conftest import QUICK
 from hydra import compose, initialize_config_dir
+from sets import fake
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from distill.cli import config, roles
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.export import executorch, onnx, torch_export, torchscript
 from distill.files import CONF

@@ -6,6 +6,7 @@ import loaders
 import pytest
 import torch
 from omegaconf import OmegaConf
+from sets import fake
 from test_configs import composed
 from torch import nn
 from torchvision.models.squeezenet import Fire
@@ -15,7 +16,6 @@ from distill import types
 from distill.compress.cast import cast
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.export import executorch, onnx, torch_export, torchscript
 from distill.networks.deit import deit

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sets import fake
 from torch import nn
 
 from distill.cli import rehearsal
 from distill.data.augment import chain
-from distill.data.fake import fake
 from distill.errors import UsageError
 from distill.files import human, parse_bytes
 from distill.networks.network import Network

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from sets import fake
 from test_losses import batch_of, numbers, softmax
 from test_module import network
 from torch import nn
 
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.at import AT
 from distill.losses.ce import CE

@@ -6,12 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from sets import fake
 from torch import nn
 from torch.ao.quantization import FakeQuantize
 from torch.optim.swa_utils import AveragedModel
 
 from distill.cli import config
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.files import CONF
 from distill.losses.at import AT
