@@ -183,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     data = made()
     rows = torch.arange(options.batch)
-    batch = data.train[rows, torch.zeros_like(rows)]
+    batch = data.train[rows, 0]
     steps, left_out = connected(options.teacher, options.student, data)
     found = measure(steps, batch, options.steps)
     print(table(found))

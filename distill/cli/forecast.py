@@ -40,7 +40,7 @@ def _networks(cfg: DictConfig, data: Data) -> Iterator[str]:
     teachers = members(stand_in(cfg, data))
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {number + 1}" for number in range(len(teachers))]
     student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    example = data.train[torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)].images
+    example = data.train[torch.zeros(1, dtype=torch.int64), 0].images
     for name, network in zip(["student", *names], [student, *teachers], strict=True):
         net = network.eval().plain()
         yield (

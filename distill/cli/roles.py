@@ -157,7 +157,7 @@ def _refuse_chance(name: str, network: Network, data: Data, instead: str) -> Non
     validation images: within three standard errors of always saying the most frequent class. It says what to do
     `instead`."""
     rows = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:CHECKED]
-    batches = (data.val[part, torch.zeros_like(part)] for part in rows.split(data.batch_size))
+    batches = (data.val[part, 0] for part in rows.split(data.batch_size))
     net = network.plain()
     right = accuracy_on(net, batches)
     share = data.val.labels.bincount().max().item() / len(data.val)

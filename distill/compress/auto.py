@@ -252,7 +252,7 @@ def _measured(
     net: nn.Module, ratio: float, steps: Mapping[str, Callable | None], data: Data, flow: str, ship: Callable
 ) -> list[Candidate]:
     """Bytes and latency of each way to quantize `net`, in one round of turns. QAT's files are as static int8's."""
-    example = data.val[torch.arange(2) % len(data.val), torch.zeros(2, dtype=torch.int64)].images
+    example = data.val[torch.arange(2) % len(data.val), 0].images
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, list[Artifact]] = {}
         for name, step in steps.items():
@@ -287,7 +287,7 @@ def _largest(net: nn.Module, flow: str, ship: Callable) -> tuple[int, str]:
 
 
 def _files(net: nn.Module, flow: str, folder: Path, *, data: Data) -> list[Artifact]:
-    example = data.val[torch.arange(2) % len(data.val), torch.zeros(2, dtype=torch.int64)].images
+    example = data.val[torch.arange(2) % len(data.val), 0].images
     return import_module(f"distill.export.{RUNTIMES[flow]}").export(net, example, folder / "student", {})
 
 

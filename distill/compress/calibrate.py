@@ -30,7 +30,7 @@ def calibration(data: Data, images: int, option: str, seed: int = 0) -> list[Ten
     split = replace(data.val, images=data.train.images, labels=data.train.labels)
     found = enough(data, images, option)
     rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:found]
-    return [split[part, torch.zeros_like(part)].images for part in rows.split(BATCH)]
+    return [split[part, 0].images for part in rows.split(BATCH)]
 
 
 def enough(data: Data, images: int, option: str) -> int:

@@ -22,7 +22,7 @@ from distill.types import Batch, ImageSize, checked_size, in_px, sides
 
 @dataclass(eq=False)
 class Split(Dataset):
-    """Labelled images, read as `split[rows, views] -> Batch`.
+    """Labelled images, read as `split[rows, view] -> Batch`.
 
     Args:
         images: (N, 3, H, W) uint8; or encoded, or packed, at a larger size.
@@ -44,34 +44,34 @@ class Split(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: tuple[Sequence[int], Sequence[int]]) -> Batch:
-        """Rows and views, (N,) each: the batch, images (N, 3, H, W) float32 in [0, 1]."""
-        rows, views = (torch.as_tensor(part, dtype=torch.int64) for part in index)
+    def __getitem__(self, index: tuple[Sequence[int], int]) -> Batch:
+        """Rows (N,) in one view: the batch, images (N, 3, H, W) float32 in [0, 1]."""
+        rows, view = torch.as_tensor(index[0], dtype=torch.int64), int(index[1])
         if not self.training:
-            return Batch(self._seen(rows, views), self.labels[rows], torch.full_like(rows, -1), torch.zeros_like(views))
+            return Batch(self._seen(rows, view), self.labels[rows], torch.full_like(rows, -1), 0)
         if isinstance(self.transform, Chain) and self.transform.mixes:
-            return self._mixed(rows, views)
-        return Batch(self._seen(rows, views), self.labels[rows], rows, views)
+            return self._mixed(rows, view)
+        return Batch(self._seen(rows, view), self.labels[rows], rows, view)
 
-    def _seen(self, rows: Tensor, views: Tensor) -> Tensor:
+    def _seen(self, rows: Tensor, view: int) -> Tensor:
         """(N, 3, H, W) in [0, 1], not mixed."""
         images = self.images[rows]
         if self.transform is not None:
-            uniforms = draws(self.seed, rows, views, self.transform.count)
+            uniforms = draws(self.seed, rows, torch.full_like(rows, view), self.transform.count)
             if isinstance(images, Tensor):  # they may be on an accelerator
                 uniforms = uniforms.to(images.device, non_blocking=True)
             images = self.transform(images, uniforms, self.image_size)
         return images.float().div_(255)
 
-    def _mixed(self, rows: Tensor, views: Tensor) -> Batch:
+    def _mixed(self, rows: Tensor, view: int) -> Batch:
         """Each row with a partner that its (row, view) draws, which is seen as in its own view of that number."""
         own = self.transform.count  # the numbers after these are the mix's
-        uniforms = draws(self.seed, rows, views, own + 1 + self.transform.mix_count)[:, own:]
+        uniforms = draws(self.seed, rows, torch.full_like(rows, view), own + 1 + self.transform.mix_count)[:, own:]
         partners = (uniforms[:, 0].double() * len(self)).long()
-        images = self._seen(torch.cat([rows, partners]), torch.cat([views, views]))
+        images = self._seen(torch.cat([rows, partners]), view)
         uniforms = uniforms.to(images.device, non_blocking=True)
         images, share = self.transform.mix(*images.chunk(2), uniforms[:, 1:])
-        return Batch(images, self.labels[rows], rows, views, self.labels[partners], share)
+        return Batch(images, self.labels[rows], rows, view, self.labels[partners], share)
 
 
 @dataclass(eq=False)
@@ -165,8 +165,8 @@ class Data:
         )
 
 
-def _in_order(size: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
-    return [(rows.tolist(), [0] * len(rows)) for rows in torch.arange(size).split(batch_size)]
+def _in_order(size: int, batch_size: int) -> list[tuple[list[int], int]]:
+    return [(rows.tolist(), 0) for rows in torch.arange(size).split(batch_size)]
 
 
 def from_arrays(

@@ -210,12 +210,9 @@ class Cached(Teacher):
     def forward(self, batch: Batch) -> Outputs:
         if (batch.index < 0).any():
             return self.teacher(batch)
-        views = batch.view.unique().tolist()
-        if len(views) > 1:
-            raise ValueError(f"a batch of one view was expected, not of views {views}")
-        rows = batch.index.cpu().numpy()
+        rows = batch.index.numpy()
         try:
-            files = {name: self._file(name, views[0]) for name in self.layouts}
+            files = {name: self._file(name, batch.view) for name in self.layouts}
             read = {name: file.read(rows) for name, file in files.items()}
         except OSError as error:
             self._stop_writing(error)

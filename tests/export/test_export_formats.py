@@ -57,7 +57,7 @@ def network(data) -> Network:
 @pytest.fixture(scope="module")
 def nets(network, data) -> dict[str, dict[str, nn.Module]]:
     plain, small = network.plain(), {}
-    images = data.train[torch.arange(64), torch.zeros(64, dtype=torch.int64)].images
+    images = data.train[torch.arange(64), 0].images
     for flow in flows.FLOWS:
         prepared = flows.prepare(plain, images[:2], flow)
         with torch.no_grad():

@@ -51,7 +51,7 @@ def some_labels(n: int, k: int) -> torch.Tensor:
 
 def batch_of(labels) -> Batch:
     rows = torch.arange(len(labels))
-    return Batch(torch.zeros(len(labels), 3, 4, 4), labels, rows, torch.zeros_like(rows))
+    return Batch(torch.zeros(len(labels), 3, 4, 4), labels, rows, 0)
 
 
 # The equations. `s`, `t` are logits (N, K), `y` labels; `at` is the student where a stopped gradient holds it.
@@ -578,7 +578,7 @@ def test_two_epochs_lower_the_loss_and_train_its_parts(name, data):
     taught = name not in WITHOUT_TEACHER
     # a step of one size for all: the gradient's scale is the loss's own
     module = distil(data, {"only": loss}, {"only": min(1.0, 0.9 / SCALE.get(name, 1.0))}, teacher=taught, epochs=2)
-    batch = data.train[torch.arange(48), torch.zeros(48, dtype=torch.int64)]
+    batch = data.train[torch.arange(48), 0]
     loss.eval()
 
     def value(student) -> float:

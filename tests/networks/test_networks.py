@@ -186,7 +186,7 @@ def test_every_file_answers_as_the_network_with_hooks(kind, tmp_path):
 def test_teachers_keep_the_hooks_of_their_own():
     images = torch.rand(4, 3, SIZE, SIZE)
     rows = torch.arange(4)
-    batch = Batch(images, rows, rows, rows)
+    batch = Batch(images, rows, rows, 0)
     networks = [wrapped(with_hooks()), wrapped(body(old_spectral_norm))]
     for network in networks:
         train_a_little(network)

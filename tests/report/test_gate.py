@@ -52,7 +52,7 @@ def settled(net: nn.Module, data) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None
     with torch.no_grad():
-        net(data.train[torch.arange(64), torch.zeros(64, dtype=torch.int64)].images)
+        net(data.train[torch.arange(64), 0].images)
     return net.eval()
 
 
@@ -74,7 +74,7 @@ def network(data) -> Network:
 
 
 def few(data, count: int = 6):
-    return data.test[torch.arange(count), torch.zeros(count, dtype=torch.int64)].images
+    return data.test[torch.arange(count), 0].images
 
 
 def decibels(found, wanted) -> float:
