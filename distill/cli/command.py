@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args_parser  # which flags are Hydra's: it says so nowhere else
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distill import __version__
 from distill.cli import config, help
@@ -116,7 +116,7 @@ def _tell(error: Exception) -> int:
     if known:
         text = str(known)
     elif isinstance(error, (HydraException, OmegaConfBaseException)):
-        text = _hydra_text(str(chain[-1] if "Error in call to target" in str(error) else error))
+        text = _hydra_text(chain)
     elif absent := next(filter(None, map(_not_installed, chain)), None):
         text = absent
     elif isinstance(error, OSError) and error.strerror:
@@ -166,20 +166,22 @@ def _memory(error: Exception) -> str | None:
     )
 
 
-def _hydra_text(text: str) -> str:
-    """Hydra's message in one line, with the nearest thing that exists."""
-    if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
-        group, choice = missing.groups()
-        folders = re.findall(r"path=file://(.*)", text)
+def _hydra_text(chain: list[Exception]) -> str:
+    """Hydra's error in one line, with the nearest thing that exists."""
+    absent = next((link for link in chain if isinstance(link, MissingConfigException) and link.missing_cfg_file), None)
+    if absent is not None:
+        group, _, choice = absent.missing_cfg_file.rpartition("/")
         places = [group, "network"] if group in ("teacher", "student") else [group]
-        choices = sorted(
-            {file.stem for path in folders for place in places for file in Path(path, place).glob("*.yaml")}
-        )
+        folders = [Path(folder, place) for folder in (CONF, *config_dirs()) for place in places]
+        choices = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         return f"no {group} '{choice}'{nearest(choice, choices) or '.'} There are: {', '.join(choices)}"
-    if missing := re.search(r"Could not (?:override|append.*?to) '([^']+)'", text):
-        near = meant(missing[1], _known_keys())
-        return f"no option '{missing[1]}'{f'; did you mean {near}?' if near else '.'} python train.py --help lists them"
-    return text.partition("\nSee https")[0]
+    unknown = next((link for link in chain if isinstance(link, (ConfigKeyError, ConfigAttributeError))), None)
+    if unknown is not None and isinstance(chain[0], ConfigCompositionException):
+        near = meant(unknown.full_key, _known_keys())
+        hint = f"; did you mean {near}?" if near else "."
+        return f"no option '{unknown.full_key}'{hint} python train.py --help lists them"
+    # what a target of ours said of its arguments is at the end
+    return str(chain[-1] if isinstance(chain[0], InstantiationException) else chain[0]).partition("\nSee https")[0]
 
 
 def _refuse_words(argv: list[str]) -> None:

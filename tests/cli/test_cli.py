@@ -26,7 +26,10 @@ from distill.cli import command
         (["select=first"], "select=first: expected one of best, last"),
         (["run=nowhere"], "run=nowhere is not the folder of a run"),
         (["data=imagefolder"], "data.root must be given"),
-        (["loss=[ce"], "error: "),
+        (["loss=[ce"], "error: no viable alternative at input '[ce'"),
+        (["teacher=nowhere"], "no teacher 'nowhere'. There are: convnext_tiny, custom, deit_tiny"),
+        (["data=mnist"], "no data 'mnist'. There are: cifar10, cifar100, digits"),
+        (["+loss.kd.weight=3"], "An item is already at 'loss.kd.weight'"),
     ],
 )
 def test_a_usage_error_is_one_line_and_exit_code_2(train, capfd, tmp_path, words, expected):
