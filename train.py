@@ -3,21 +3,22 @@
 python train.py teacher=resnet50 student=mobilenet
 """
 
-from distill.cli.command import command
+from distill.cli.command import command, importing
 
 
 @command
 def main(cfg):
-    from distill import compress, export
-    from distill.cli import build, pilots, rehearsal, roles
-    from distill.compress.auto import exceeded
-    from distill.errors import UserError
-    from distill.export.deploy import write_readme
-    from distill.progress import leads, say
-    from distill.report import diagnosis, page, parity, tables
-    from distill.report.evaluate import evaluate
-    from distill.runs import run, verdict  # torch is imported from here on
-    from distill.runs.tables import curves
+    with importing():  # torch is imported from here on
+        from distill import compress, export
+        from distill.cli import build, forecast, pilots, rehearsal, roles
+        from distill.compress.auto import exceeded
+        from distill.errors import UserError
+        from distill.export.deploy import write_readme
+        from distill.progress import leads, say
+        from distill.report import diagnosis, page, parity, tables
+        from distill.report.evaluate import evaluate
+        from distill.runs import run, verdict
+        from distill.runs.tables import curves
 
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder
@@ -26,9 +27,9 @@ def main(cfg):
 
         pilots.check(cfg, job.record["overrides"], data)
         if job.does("check"):
-            rehearsal.tell(cfg, data)
+            forecast.tell(cfg, data, folder)
         elif job.does("cache", "distill") and not (folder / "checkpoints").exists():
-            rehearsal.rehearse(cfg, data)  # what can be known is told now
+            rehearsal.rehearse(cfg, data, folder)  # what can be known is told now
         if list(cfg.stages) == ["check"]:
             return
         given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning

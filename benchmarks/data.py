@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def rate(batches: Iterator, count: int) -> float:
 def measure(case: str, batch: int, workers: int, steps: int, turns: int) -> Mapping[str, float]:
     """Images a second of both, in medians, and the median of ours over theirs."""
     steps_of_theirs, augment = CASES[case]
-    data = fake(batch, 0, train_size=100 * batch, augment=augment)
+    data = replace(fake(train_size=100 * batch, augment=augment), batch_size=batch)
     torch.manual_seed(0)
     theirs = PerSample(data.train.images, data.train.labels, v2.Compose([*steps_of_theirs, *TO_FLOAT]))
     options = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}

@@ -79,7 +79,7 @@ def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[],
         _wait()
         start = time.perf_counter()
         for rows in torch.randperm(len(data.train)).split(data.batch_size):
-            batch = data.train[rows, torch.zeros_like(rows)]
+            batch = data.train[rows, 0]
             images, labels = batch.images.to(device), batch.labels.to(device)
             with half:
                 logits = network(images).logits

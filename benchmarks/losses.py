@@ -46,7 +46,7 @@ ROWS, PATTERNS = 50_000, 500  # training rows, and how many different images the
 
 def made(rows: int = ROWS, classes: int = 100) -> Data:
     """As many rows as CIFAR-100's training set, which decide the size of a memory bank."""
-    data = fake(64, 0, num_classes=classes, train_size=PATTERNS)
+    data = fake(num_classes=classes, train_size=PATTERNS)
     copies = rows // PATTERNS
     images, labels = data.train.images.repeat(copies, 1, 1, 1), data.train.labels.repeat(copies)
     return replace(data, train=replace(data.train, images=images, labels=labels))
@@ -183,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     data = made()
     rows = torch.arange(options.batch)
-    batch = data.train[rows, torch.zeros_like(rows)]
+    batch = data.train[rows, 0]
     steps, left_out = connected(options.teacher, options.student, data)
     found = measure(steps, batch, options.steps)
     print(table(found))

@@ -1,4 +1,7 @@
-"""What a person sees while a run works: lines of the process that leads. Never imports torch."""
+"""What a person sees while a run works: lines of the process that leads. Never imports torch.
+
+Lightning's rank_zero_only.rank is the same number, but importing it imports torch, and the command line's errors come
+before that."""
 
 import os
 

@@ -79,10 +79,20 @@ class Batch(NamedTuple):
 
     images: Tensor  # (N, C, H, W) float in [0, 1]
     labels: Tensor  # (N,) int64 in [0, K); of a mixed image: that of its larger part
-    index: Tensor  # (N,) int64, row in the training set; -1: not a row of it
-    view: Tensor  # (N,) int64, which repeatable augmentation of that row this is
+    index: Tensor  # (N,) int64, row in the training set; -1: not a row of it. On the host, where rows are looked up
+    view: int  # which repeatable augmentation of those rows this is
     partner: Tensor | None = None  # (N,) int64 in [0, K), label of what a mixed image was mixed with; None: not mixed
     share: Tensor | None = None  # (N,) float in [0.5, 1], of its own label
+
+    def to(self, device: torch.device) -> "Batch":
+        """What networks and losses compute with on a device; `index` stays. Lightning moves batches by this."""
+        device = torch.device(device)
+        moved = {
+            name: part.to(device, non_blocking=device.type == "cuda")
+            for name, part in self._asdict().items()
+            if name != "index" and isinstance(part, Tensor)
+        }
+        return self._replace(**moved)
 
 
 class Outputs(NamedTuple):

@@ -1,7 +1,9 @@
 """From configuration to objects: with train.py and the other files of this room all that reads `cfg`."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.utils import get_object, instantiate
@@ -11,15 +13,27 @@ from distill.data.base import Data
 from distill.progress import leads, say
 from distill.types import in_px, plain
 
+LOADING = ("batch_size", "num_workers")  # options of conf/data that are the loaders', not the image set's
+
 
 def data(cfg: DictConfig) -> Data:
-    """The image set that a conf/data file describes."""
-    found = instantiate(cfg, _convert_="all")
+    """The image set that a conf/data file describes, and how its images are loaded."""
+    described = plain(cfg)
+    loading = {key: described[key] for key in LOADING if key in described}
+    for key in loading:
+        if not _takes(cfg._target_, key):  # a function of the user's may
+            del described[key]
+    found = replace(instantiate(described, _convert_="all"), **loading)
     say(
         f"data: {cfg._target_.rpartition('.')[2]}, {len(found.train):,} training, {len(found.val):,} validation and "
         f"{len(found.test):,} test images, {found.num_classes} classes, {in_px(found.image_size)}"
     )
     return found
+
+
+def _takes(target: str, name: str) -> bool:
+    taken = inspect.signature(get_object(target)).parameters
+    return name in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
 
 
 def steps(cfg: DictConfig) -> dict[str, Callable]:

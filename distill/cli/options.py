@@ -153,6 +153,13 @@ class Fit:
     seed: Seed
 
 
+class Loading:
+    """Of conf/data, whatever the image set takes."""
+
+    batch_size: Count
+    num_workers: Number | None
+
+
 class Term:
     """A loss's weight has a check of its own, distill.losses.weight.check_weight."""
 
@@ -201,6 +208,7 @@ MODELS: Sequence[tuple[str, type]] = (  # by the key of the part that holds them
     ("recipe", Pilots),
     ("tolerance", Tolerance),
     ("tolerance.*", Bounds),
+    ("data", Loading),
     ("loss.*", Term),
     ("optimizer", Optimizer),
     ("trainer", Trainer),
@@ -232,7 +240,7 @@ def within(key: str, signature: Signature | None) -> Signature | None:
     hints = {name: kind for name, kind in hints_of(model).items() if kind is not EllipsisType}
     required = NEEDED.get(model, tuple(hints) if model in WHOLE else ())
     if signature is None:
-        return Signature(hints, required, Any if model in (*OPEN, *RANGES, Term, Student, Teacher) else None)
+        return Signature(hints, required, Any if model in (*OPEN, *RANGES, Term, Loading, Student, Teacher) else None)
     if model in RANGES:
         hints = {name: kind for name, kind in hints.items() if name in signature.types}
     elif "members" in signature.types or "network" in signature.types or "student" in signature.types:

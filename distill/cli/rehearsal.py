@@ -4,6 +4,9 @@ import contextlib
 import copy
 import io
 import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,41 +14,99 @@ from pathlib import Path
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
 
-from distill.cli import roles
+from distill import compress, export
+from distill.cli import build, roles
+from distill.cli.disk import Write, refuse_unwritable, room
 from distill.data.base import Data
 from distill.errors import UserError
+from distill.losses.terms import build_losses
 from distill.networks.build import build_network
+from distill.networks.network import Network
 from distill.networks.weights import serialised_bytes
-from distill.progress import leads, say
-from distill.runtimes.measure import macs, parameters
+from distill.progress import leads
 from distill.teachers.base import Teacher
 from distill.teachers.committee import Committee
 from distill.teachers.ema import Ema
 from distill.teachers.frozen import Frozen
 from distill.teachers.peer import Peer
+from distill.training.connect import connect
 from distill.training.fit import fit
+from distill.training.precision import teaching
+from distill.training.recipe import Recipe
 
 ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 ONE = {"limit_train_batches": 1, "limit_val_batches": 1, "accumulate_grad_batches": 1, **ALONE}
 
 
-def rehearse(cfg: DictConfig, data: Data) -> None:
+@dataclass(frozen=True)
+class Tried:
+    """What a training was found to take: seconds a step and a batch of validation, and bytes of its checkpoints."""
+
+    step: float
+    validation: float
+    checkpoints: int
+
+
+class Clock(Callback):
+    """Times the batches: of training all but the first, where there are several."""
+
+    def __init__(self):
+        self.begun, self.ended, self.validation = [], 0.0, 0.0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.begun.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.ended = time.perf_counter()
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        self.validation = -time.perf_counter()
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.validation += time.perf_counter()
+
+    @property
+    def step(self) -> float:
+        counted = self.begun[1:] or self.begun
+        return (self.ended - counted[0]) / len(counted)
+
+
+def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Write]] | None:
     """Train a student for one batch under a teacher of random weights, in a folder that goes: networks, taps, losses
-    forward and backward, optimizer, schedule, precision and a checkpoint, as the run will have them.
+    forward and backward, optimizer, schedule, precision and a checkpoint, as the run will have them; then let the
+    compression capture it. What the run will write into `folder`, the store and the cache must be writable and fit.
 
     Raises:
         UserError: what the run would have ended with once its teacher had been trained.
     """
     if not leads():
-        return
+        return None
     missing(cfg)
-    own = copy.copy(data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        student, teacher = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), stand_in(cfg, data)
+        kept = _kept(cfg, data, student, teacher)
+        refuse_unwritable(_writes(cfg, folder, student, teacher, 0, kept))
+        tried = step(student, teacher, cfg.loss, data, roles.recipe(cfg))
+        if "compress" in cfg.stages and cfg.compress:
+            flows = map(export.flow, build.steps(cfg.export).values())
+            compress.attempt(build.steps(cfg.compress), student.plain(), data, flows)
+    writes = _writes(cfg, folder, student, teacher, tried.checkpoints, kept)
+    room(writes)
+    return tried, writes
+
+
+def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data, recipe: Recipe, batches=1) -> Tried:
+    """Train for so many batches and validate on one, in a folder that goes."""
+    own, clock = copy.copy(data), Clock()
     own.num_workers = 0
-    recipe = roles.recipe(cfg).changed(epochs=1, compile=False, early_stopping=None, trainer=ONE)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-        fit(student, stand_in(cfg, data), cfg.loss, own, recipe, Path(folder))
+    limits = {**ONE, "limit_train_batches": batches}
+    short = recipe.changed(epochs=1, compile=False, early_stopping=None, trainer=limits)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(network, teacher, losses, own, short, Path(folder), callbacks=[clock])
+        checkpoints = sum(file.stat().st_size for file in Path(folder, "checkpoints").iterdir())
+    return Tried(clock.step, clock.validation, checkpoints)
 
 
 def missing(cfg: DictConfig) -> None:
@@ -59,6 +120,30 @@ def missing(cfg: DictConfig) -> None:
             raise UserError(f"export={name} needs {' '.join(module.PACKAGES)}: pip install {' '.join(absent)}")
 
 
+def _kept(cfg: DictConfig, data: Data, student: Network, teacher: Teacher) -> int:
+    """Bytes of the teacher's answers that the run will keep. Raises UsageError where its losses, or cache.budget, don't
+    allow what cache= asks for."""
+    terms, _ = build_losses(cfg.loss)
+    seen = connect(student, teacher, terms, data, cfg.seed + 1)
+    if not any(loss.needs_teacher for loss in terms.values()):
+        return 0
+    return roles.answers(cfg).size(teacher, data, seen, cfg.trainer.max_epochs)
+
+
+def _writes(cfg: DictConfig, folder: Path, student: Network, teacher: Teacher, checkpoints: int, kept: int):
+    """What the run will write, about: a checkpoint lies beside the one that it replaces, a teacher's is to the
+    student's as its weights are, and an exported file is no larger than the student's weights."""
+    weights = serialised_bytes(student.net)
+    largest = max([weights, *(serialised_bytes(each.net) for each in members(teacher))]) / weights
+    files = len(cfg.export) * (2 if cfg.compress else 1) * weights if "export" in cfg.stages else 0
+    found = [
+        Write("checkpoints", "name", folder, 2 * checkpoints),
+        Write("exported files", "name", folder, files),
+        Write("what is fitted once", "store", Path(cfg.store), int(2 * checkpoints * largest)),
+    ]
+    return found + [Write("the teacher's answers", "cache.folder", Path(cfg.cache.folder), kept)] * (kept > 0)
+
+
 def stand_in(cfg: DictConfig, data: Data) -> Teacher:
     """A teacher of the run's kind and shapes, untrained."""
     torch.manual_seed(cfg.seed)
@@ -69,9 +154,13 @@ def stand_in(cfg: DictConfig, data: Data) -> Teacher:
     if kind is Ema:
         return Ema(build_network(cfg.student, *made), cfg.teacher.decay)
     if kind is Committee:
-        members = [build_network(_bare(member), *made) for member in cfg.teacher.members.values()]
-        return Frozen(Committee(members, cfg.teacher.weights), "32-true")
-    return Frozen(build_network(_bare(cfg.teacher), *made), "32-true")
+        network = Committee(
+            [build_network(_bare(member), *made) for member in cfg.teacher.members.values()], cfg.teacher.weights
+        )
+    else:
+        network = build_network(_bare(cfg.teacher), *made)
+    numerics = teaching(cfg.teacher.precision, cfg.trainer, network)
+    return Frozen(network, "32-true" if numerics == "int8" else numerics)  # int8 wants a trained one's activations
 
 
 def _bare(described: DictConfig) -> DictConfig:
@@ -80,18 +169,6 @@ def _bare(described: DictConfig) -> DictConfig:
     return described
 
 
-def tell(cfg: DictConfig, data: Data) -> None:
-    """The stage "check": a rehearsal and a line for each network. Only the run's record is written."""
-    rehearse(cfg, data)
-    example = data.train[torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)].images
-    networks = {"student": build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)}
-    taught_by = stand_in(cfg, data).network
-    members = taught_by.members if isinstance(taught_by, Committee) else [taught_by]
-    networks |= {"teacher" if len(members) == 1 else f"teacher {n + 1}": each for n, each in enumerate(members)}
-    for name, network in networks.items():
-        net = network.eval().plain()
-        say(
-            f"  {name}: {type(network.net).__name__}, {parameters(net):,} parameters, {macs(net, example):,} "
-            f"multiply-accumulates an image, {serialised_bytes(network.net) / 1000:,.0f} kB"
-        )
-    say("check: a step was trained, validated and kept; nothing else was done")
+def members(teacher: Teacher) -> list[Network]:
+    """Its networks."""
+    return [*teacher.network.members] if isinstance(teacher.network, Committee) else [teacher.network]

@@ -1,6 +1,7 @@
 """Who is trained in a run: the teacher, the student alone, the student that is taught."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +35,49 @@ from distill.training.finetune import finetuner
 from distill.training.fit import copied, fit
 from distill.training.precision import teaching
 from distill.training.recipe import Recipe
-from distill.training.store import once
+from distill.training.store import kept, once
 
 CROSS_ENTROPY = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.0, "weight": 1.0}
 TEACHERS = {"ema": None, "early_stopping": None, "select": "best"}  # whatever the student's recipe says
 MEMBERS_APART = 1000  # between the seeds of an ensemble's members, or of peers: far from those of a sweep
 CHECKED = 512  # validation images that tell whether a teacher is better than chance
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A network's training on the labels alone, which is done once for all runs that ask for the same.
+
+    Attributes:
+        name: for a person: "teacher", "student alone".
+        described: what configuration says of the network.
+        recipe: of no epochs: the network is taken as it is.
+    """
+
+    name: str
+    described: DictConfig
+    network: Network
+    losses: Mapping
+    recipe: Recipe
+
+    def decides(self, cfg: DictConfig, data: Data) -> dict:
+        """All that its weights depend on."""
+        return {
+            "network": made_of(types.plain(self.described)),
+            "weights": content_hash(self.network),
+            "images": data.fingerprint,
+            "data": _images(cfg),
+            "loss": self.losses,
+            "recipe": self.recipe.decides(),
+            "source": own_sources([layers(self.network.net), describe(data.train.transform)]),
+        }
+
+    def place(self, cfg: DictConfig) -> Path:
+        """Where in the store its folder lies, but for the key."""
+        return Path(cfg.store) / ("student" if self.name == "student alone" else "teacher")
+
+    def kept(self, cfg: DictConfig, data: Data) -> Path:
+        """Its weights, if they were fitted before."""
+        return kept(self.place(cfg), self.decides(cfg, data))
 
 
 def teacher(cfg: DictConfig, data: Data) -> Teacher:
@@ -49,10 +87,7 @@ def teacher(cfg: DictConfig, data: Data) -> Teacher:
     if kind is Committee:
         if any(member.precision != "auto" for member in cfg.teacher.members.values()):
             raise UsageError("a member of teacher=ensemble has a precision of its own: set teacher.precision, for all")
-        members = [
-            _trained(cfg, f"teacher {name}", member, data, member.fit.seed + number * MEMBERS_APART, read=number == 0)
-            for number, (name, member) in enumerate(cfg.teacher.members.items())
-        ]
+        members = [_trained(cfg, each, data, read=number == 0) for number, each in enumerate(teachers(cfg, data))]
         return frozen(cfg, Committee(members, cfg.teacher.weights), data)
     if kind is Peer:
 
@@ -65,7 +100,18 @@ def teacher(cfg: DictConfig, data: Data) -> Teacher:
         return Peer(peer(0), own.temperature, own.weight, smoothing, own.get("peers", 1), peer)
     if kind is Ema:
         return Ema(build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), cfg.teacher.decay)
-    return frozen(cfg, _trained(cfg, "teacher", cfg.teacher, data, cfg.teacher.fit.seed), data)
+    return frozen(cfg, _trained(cfg, next(teachers(cfg, data)), data), data)
+
+
+def teachers(cfg: DictConfig, data: Data) -> Iterator[Fitting]:
+    """The networks that teach without learning along: one, the members of a committee, or none."""
+    kind = get_object(cfg.teacher._target_)
+    if kind in (Peer, Ema):
+        return
+    members = cfg.teacher.members.items() if kind is Committee else [(None, cfg.teacher)]
+    for number, (name, described) in enumerate(members):
+        called = "teacher" if name is None else f"teacher {name}"
+        yield _teacher(cfg, called, described, data, described.fit.seed + number * MEMBERS_APART)
 
 
 def frozen(cfg: DictConfig, network: nn.Module, data: Data) -> Frozen:
@@ -82,9 +128,8 @@ def _in_int8(data: Data, net: nn.Module) -> nn.Module:
     return small
 
 
-def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed: int, read: bool = True) -> Network:
-    """A teacher's network with its weights: given, fitted before, or fitted now. What the losses `read` of it must be
-    there before it is trained.
+def _teacher(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed: int) -> Fitting:
+    """A teacher's network and its training.
 
     fit.epochs: null fits as long as the student is trained, where there are no weights for these classes;
     N fine-tunes what there is; 0 takes it as it is. It is fitted by the cross-entropy alone and its best epoch is
@@ -95,13 +140,20 @@ def _trained(cfg: DictConfig, name: str, described: DictConfig, data: Data, seed
     if epochs is None:
         epochs = 0 if given else cfg.trainer.max_epochs
     network = build_network(described, data.num_classes, data.image_size, seed, fresh_head=epochs > 0)
+    own = recipe(cfg).changed(described.fit.lr, epochs=epochs, seed=seed, **TEACHERS)
+    return Fitting(name, described, network, {"ce": CROSS_ENTROPY}, own)
+
+
+def _trained(cfg: DictConfig, one: Fitting, data: Data, read: bool = True) -> Network:
+    """A teacher's network with its weights: given, fitted before, or fitted now. What the losses `read` of it must be
+    there before it is trained."""
+    name, network = one.name, one.network
     if read:
         _check_taps(cfg, network)
-    if epochs > 0:
-        own = recipe(cfg).changed(described.fit.lr, epochs=epochs, seed=seed, **TEACHERS)
-        return _fit_once(cfg, name, described, network, {"ce": CROSS_ENTROPY}, data, own)
-    say(f"{name}: {type(network.net).__name__} as given ({described.checkpoint or 'its own weights'})")
-    if not described.untrained:
+    if one.recipe.epochs > 0:
+        return _fit_once(cfg, one, data)
+    say(f"{name}: {type(network.net).__name__} as given ({one.described.checkpoint or 'its own weights'})")
+    if not one.described.untrained:
         fitted = "fit it (teacher.fit.epochs=N); teacher.untrained=true lets it teach all the same"
         _refuse_chance(name, network, data, fitted)
     return network
@@ -112,7 +164,7 @@ def _refuse_chance(name: str, network: Network, data: Data, instead: str) -> Non
     validation images: within three standard errors of always saying the most frequent class. It says what to do
     `instead`."""
     rows = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:CHECKED]
-    batches = (data.val[part, torch.zeros_like(part)] for part in rows.split(data.batch_size))
+    batches = (data.val[part, 0] for part in rows.split(data.batch_size))
     net = network.plain()
     right = accuracy_on(net, batches)
     share = data.val.labels.bincount().max().item() / len(data.val)
@@ -135,8 +187,13 @@ def given(cfg: DictConfig, data: Data) -> tuple[Network, dict]:
 
 def student_alone(cfg: DictConfig, data: Data) -> Network:
     """The student trained on the labels alone with the same budget: what distillation is measured against."""
+    return _fit_once(cfg, baseline(cfg, data), data)
+
+
+def baseline(cfg: DictConfig, data: Data) -> Fitting:
+    """The training of the student alone."""
     network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    return _fit_once(cfg, "student alone", cfg.student, network, {"ce": ce(cfg)}, data, recipe(cfg))
+    return Fitting("student alone", cfg.student, network, {"ce": ce(cfg)}, recipe(cfg))
 
 
 def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
@@ -187,27 +244,18 @@ def _images(cfg: DictConfig) -> dict:
     return images
 
 
-def _fit_once(cfg, name: str, described, network: Network, losses: Mapping, data: Data, recipe: Recipe) -> Network:
-    """`network` fitted on the labels; once for its description, initial weights, losses, images and recipe."""
-    decides = {
-        "network": made_of(types.plain(described)),
-        "weights": content_hash(network),
-        "images": data.fingerprint,
-        "data": _images(cfg),
-        "loss": losses,
-        "recipe": recipe.decides(),
-        "source": own_sources([layers(network.net), describe(data.train.transform)]),
-    }
+def _fit_once(cfg: DictConfig, one: Fitting, data: Data) -> Network:
+    """Its network, fitted."""
+    name, network, epochs = one.name, one.network, one.recipe.epochs
 
     def train(folder: Path) -> dict:
         if not {"teacher", "cache", "distill"} & set(cfg.stages):
             raise UserError(f"the {name} is not fitted yet ({folder} is empty): add teacher and distill to stages")
         kind = type(network.net).__name__
-        say(f"{name}: fitting {kind} on the labels for {recipe.epochs} epochs → {folder / 'weights.safetensors'}")
-        return fit(network, None, losses, data, recipe, folder)[recipe.select]
+        say(f"{name}: fitting {kind} on the labels for {epochs} epochs → {folder / 'weights.safetensors'}")
+        return fit(network, None, one.losses, data, one.recipe, folder)[one.recipe.select]
 
-    place = Path(cfg.store) / ("student" if name == "student alone" else "teacher")
-    once(network.net, place, decides, train, load_weights, f"{name}: fitted")
+    once(network.net, one.place(cfg), one.decides(cfg, data), train, load_weights, f"{name}: fitted")
     return network.keep(()).eval()
 
 

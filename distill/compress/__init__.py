@@ -1,9 +1,15 @@
 """From a network to a smaller one. A step is a function that returns a new network:
 
 step(net, finetune=None, data=None, flow="fx", **options) -> nn.Module
+
+Beside one that captures the network as a graph may stand, in its module,
+
+attempt(net, data, flow, **options)        raises what the step would before it trains, whatever the weights are
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -55,13 +61,43 @@ def chain(
         UserError: a step can't take the network, whatever it stumbled over: steps rewrite networks of any making.
     """
     for name, step in steps.items():
-        try:
+        with _told(name, net):
             net = step(net, finetune=finetune, data=data, flow=flow)
-        except UserError:
-            raise
-        except Exception as error:
-            kind = type(getattr(net, "net", net)).__name__
-            raise UserError(
-                f"{name} can't compress {kind}{place(error, net)}: {reason(error)}; leave compress={name} out for it"
-            ) from error
     return net
+
+
+def attempt(steps: Mapping[str, Callable], net: nn.Module, data: Data, flows: Iterable[str]) -> None:
+    """Every step's `attempt` on `net`, for each runtime: in seconds, without training, on noise.
+
+    Raises:
+        UserError: a step could not take the network.
+    """
+    for flow in dict.fromkeys(flows):
+        for name, step in steps.items():
+            tries = beside(step)
+            if tries is None:
+                continue
+            try:
+                with _told(name, net):
+                    tries(net, data, flow, **getattr(step, "keywords", {}))
+            except UserError as error:
+                raise type(error)(f"compress for {flow}: {error}") from error
+
+
+def beside(step: Callable) -> Callable | None:
+    """The `attempt` in a step's module; None: it has none."""
+    return getattr(sys.modules[getattr(step, "func", step).__module__], "attempt", None)
+
+
+@contextmanager
+def _told(name: str, net: nn.Module) -> Iterator[None]:
+    """Whatever a step stumbles over in a network, in a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = type(getattr(net, "net", net)).__name__
+        raise UserError(
+            f"{name} can't compress {kind}{place(error, net)}: {reason(error)}; leave compress={name} out for it"
+        ) from error

@@ -20,6 +20,7 @@ import torch
 from annotated_types import Len
 from torch import nn
 
+from distill.compress import beside
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.prune import prune
 from distill.compress.qat_int8 import qat_int8
@@ -166,6 +167,21 @@ def auto(
     return result
 
 
+def attempt(net: nn.Module, data: Data, flow: str, *, quantizers=tuple(QUANTIZERS), **others) -> None:
+    """Capture `net` for the quantizers, of which one is enough."""
+    failures = []
+    for name in quantizers:
+        step = others.get(name, QUANTIZERS[name])
+        tries = None if step is None else beside(step)
+        if tries is None:
+            return
+        try:
+            return tries(net, data, flow, **getattr(step, "keywords", {}))
+        except UserError as error:
+            failures.append(str(error))
+    raise UserError(f"compress=auto: none of {', '.join(quantizers)} can take it: {failures[0]}")
+
+
 def exceeded(rows: Iterable, names: Iterable[str], bytes: int | str | None, latency_ms: float | None) -> list[str]:
     """One line for each of the shipped files that the report found outside of the budget.
 
@@ -236,7 +252,7 @@ def _measured(
     net: nn.Module, ratio: float, steps: Mapping[str, Callable | None], data: Data, flow: str, ship: Callable
 ) -> list[Candidate]:
     """Bytes and latency of each way to quantize `net`, in one round of turns. QAT's files are as static int8's."""
-    example = data.val[torch.arange(2) % len(data.val), torch.zeros(2, dtype=torch.int64)].images
+    example = data.val[torch.arange(2) % len(data.val), 0].images
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, list[Artifact]] = {}
         for name, step in steps.items():
@@ -271,7 +287,7 @@ def _largest(net: nn.Module, flow: str, ship: Callable) -> tuple[int, str]:
 
 
 def _files(net: nn.Module, flow: str, folder: Path, *, data: Data) -> list[Artifact]:
-    example = data.val[torch.arange(2) % len(data.val), torch.zeros(2, dtype=torch.int64)].images
+    example = data.val[torch.arange(2) % len(data.val), 0].images
     return import_module(f"distill.export.{RUNTIMES[flow]}").export(net, example, folder / "student", {})
 
 

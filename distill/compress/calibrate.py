@@ -28,13 +28,20 @@ def calibration(data: Data, images: int, option: str, seed: int = 0) -> list[Ten
         UserError: fewer than FEWEST images.
     """
     split = replace(data.val, images=data.train.images, labels=data.train.labels)
-    found = min(images, len(split))
+    found = enough(data, images, option)
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:found]
+    return [split[part, 0].images for part in rows.split(BATCH)]
+
+
+def enough(data: Data, images: int, option: str) -> int:
+    """How many of `images` there are. Raises UserError for fewer than FEWEST, see `calibration`."""
+    found = min(images, len(data.train))
     if found < FEWEST:
         raise UserError(
-            f"{option}={images} with {len(split)} training images: calibration needs at least {FEWEST}; 512 are usual"
+            f"{option}={images} with {len(data.train)} training images: calibration needs at least {FEWEST}; "
+            "512 are usual"
         )
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:found]
-    return [split[part, torch.zeros_like(part)].images for part in rows.split(BATCH)]
+    return found
 
 
 def noise(data: Data) -> Tensor:

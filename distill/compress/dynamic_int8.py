@@ -66,3 +66,9 @@ def dynamic_int8(
     linear = [name for name, module in net.named_modules() if type(module) is nn.Linear]
     exchange(net, {name: small.get_submodule(name) for name in linear}, example)
     return net
+
+
+def attempt(net: nn.Module, data, flow: str, **options) -> None:
+    """Capture `net` where the flow does; nothing of the step needs images."""
+    if flow != "fx":
+        dynamic_int8(net, None, data, flow, **options)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from distill.compress.calibrate import noise
@@ -72,6 +71,8 @@ def prune(
             f"compress.prune: spread={spread} must be one of {', '.join(SPREADS)}, norm={norm} 1 or 2, "
             f"round_to={round_to} at least 1, epochs={epochs} at least 0"
         )
+    import torch_pruning  # with timm, if that is there: a second
+
     train = tuning("prune", finetune, epochs, lr)
     example, start = noise(data), without_fast_paths(copy.deepcopy(net))
     with _following(net):
@@ -148,6 +149,8 @@ def unprunable(net: nn.Module, example: Tensor) -> list[str]:
     Args:
         example: images (N, C, H, W).
     """
+    import torch_pruning
+
     names = [name for name, module in net.named_modules() if isinstance(module, LAYERS)]
     found: list[str] = []
     tried: set[str] = set()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.compress import flows
-from distill.compress.calibrate import calibration
+from distill.compress.calibrate import calibration, enough, noise
 from distill.errors import UsageError, UserError
 from distill.schema.ranges import Calibration, Count, Positive, Seed, Share
 
@@ -51,9 +51,7 @@ def qat_int8(
     if finetune is None:
         raise UserError("compress=qat_int8 trains: it needs a run with data and losses; static_int8 does without")
     batches = calibration(data, images, "compress.qat_int8.images", seed)
-    prepared = flows.prepare(net, batches[0][:2], flow, qat=True, skip=skip)
-    flows.calibrate(prepared, batches, seed)
-    _refuse_unlike(prepared, batches[0], flow)
+    prepared = _prepared(net, batches, flow, skip, seed)
 
     at_work: list[nn.Module] = []
 
@@ -69,6 +67,19 @@ def qat_int8(
             raise
         raise UserError(f"compress.qat_int8: the training diverged: lower compress.qat_int8.lr={lr}") from error
     return flows.convert(trained, flow)
+
+
+def attempt(net: nn.Module, data, flow: str, *, images=512, skip=(), seed=0, **others) -> None:
+    """Capture `net` and quantize it as it is: what can fail of qat_int8 before it trains."""
+    enough(data, images, "compress.qat_int8.images")
+    _prepared(net, [noise(data)], flow, skip, seed)
+
+
+def _prepared(net: nn.Module, batches: list[Tensor], flow: str, skip: Sequence[str], seed: int) -> nn.Module:
+    prepared = flows.prepare(net, batches[0][:2], flow, qat=True, skip=skip)
+    flows.calibrate(prepared, batches, seed)
+    _refuse_unlike(prepared, batches[0], flow)
+    return prepared
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from distill.compress import flows
-from distill.compress.calibrate import answers, calibration
+from distill.compress.calibrate import answers, calibration, enough, noise
 from distill.compress.sensitivity import by_sensitivity
 from distill.errors import UsageError
 from distill.progress import say
@@ -47,6 +47,12 @@ def static_int8(
     if isinstance(skip, str):
         raise UsageError(f"compress.static_int8.skip={skip}: expected a list of layers, such as [linear], or auto")
     return _quantized(net, batches, flow, observer, skip)
+
+
+def attempt(net: nn.Module, data, flow: str, *, images=512, observer="histogram", skip=(), **others) -> None:
+    """Capture and quantize `net`: what can fail of static_int8 whatever the weights are."""
+    enough(data, images, "compress.static_int8.images")
+    _quantized(net, [noise(data)], flow, observer, () if skip == "auto" else skip)
 
 
 def _quantized(net: nn.Module, batches: list[Tensor], flow: str, observer: str, skip) -> nn.Module:

@@ -22,7 +22,7 @@ from distill.types import Batch, ImageSize, checked_size, in_px, sides
 
 @dataclass(eq=False)
 class Split(Dataset):
-    """Labelled images, read as `split[rows, views] -> Batch`.
+    """Labelled images, read as `split[rows, view] -> Batch`.
 
     Args:
         images: (N, 3, H, W) uint8; or encoded, or packed, at a larger size.
@@ -44,49 +44,56 @@ class Split(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: tuple[Sequence[int], Sequence[int]]) -> Batch:
-        """Rows and views, (N,) each: the batch, images (N, 3, H, W) float32 in [0, 1]."""
-        rows, views = (torch.as_tensor(part, dtype=torch.int64) for part in index)
+    def __getitem__(self, index: tuple[Sequence[int], int]) -> Batch:
+        """Rows (N,) in one view: the batch, images (N, 3, H, W) float32 in [0, 1]."""
+        rows, view = torch.as_tensor(index[0], dtype=torch.int64), int(index[1])
         if not self.training:
-            return Batch(self._seen(rows, views), self.labels[rows], torch.full_like(rows, -1), torch.zeros_like(views))
+            return Batch(self._seen(rows, view), self.labels[rows], torch.full_like(rows, -1), 0)
         if isinstance(self.transform, Chain) and self.transform.mixes:
-            return self._mixed(rows, views)
-        return Batch(self._seen(rows, views), self.labels[rows], rows, views)
+            return self._mixed(rows, view)
+        return Batch(self._seen(rows, view), self.labels[rows], rows, view)
 
-    def _seen(self, rows: Tensor, views: Tensor) -> Tensor:
+    def _seen(self, rows: Tensor, view: int) -> Tensor:
         """(N, 3, H, W) in [0, 1], not mixed."""
         images = self.images[rows]
         if self.transform is not None:
-            uniforms = draws(self.seed, rows, views, self.transform.count)
+            uniforms = draws(self.seed, rows, torch.full_like(rows, view), self.transform.count)
             if isinstance(images, Tensor):  # they may be on an accelerator
                 uniforms = uniforms.to(images.device, non_blocking=True)
             images = self.transform(images, uniforms, self.image_size)
         return images.float().div_(255)
 
-    def _mixed(self, rows: Tensor, views: Tensor) -> Batch:
+    def _mixed(self, rows: Tensor, view: int) -> Batch:
         """Each row with a partner that its (row, view) draws, which is seen as in its own view of that number."""
         own = self.transform.count  # the numbers after these are the mix's
-        uniforms = draws(self.seed, rows, views, own + 1 + self.transform.mix_count)[:, own:]
+        uniforms = draws(self.seed, rows, torch.full_like(rows, view), own + 1 + self.transform.mix_count)[:, own:]
         partners = (uniforms[:, 0].double() * len(self)).long()
-        images = self._seen(torch.cat([rows, partners]), torch.cat([views, views]))
+        images = self._seen(torch.cat([rows, partners]), view)
         uniforms = uniforms.to(images.device, non_blocking=True)
         images, share = self.transform.mix(*images.chunk(2), uniforms[:, 1:])
-        return Batch(images, self.labels[rows], rows, views, self.labels[partners], share)
+        return Batch(images, self.labels[rows], rows, view, self.labels[partners], share)
 
 
 @dataclass(eq=False)
 class Data:
-    """An image set. Its training rows are 0 … n-1; validation is part of neither training nor test."""
+    """An image set. Its training rows are 0 … n-1; validation is part of neither training nor test.
+
+    Args:
+        batch_size, num_workers: of its loaders; who makes the set leaves them out, see distill/cli/build.py.
+            num_workers=None: 2, and none for images in memory.
+    """
 
     classes: list[str]
     image_size: ImageSize
     train: Split
     val: Split
     test: Split
-    batch_size: int
-    num_workers: int
+    batch_size: int = 64
+    num_workers: int | None = None
 
     def __post_init__(self):
+        if self.num_workers is None:
+            self.num_workers = 0 if isinstance(self.train.images, Tensor) else 2
         if self.batch_size < 1 or self.num_workers < 0:
             raise UsageError(
                 "data.batch_size must be at least 1 and data.num_workers at least 0, "
@@ -158,8 +165,8 @@ class Data:
         )
 
 
-def _in_order(size: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
-    return [(rows.tolist(), [0] * len(rows)) for rows in torch.arange(size).split(batch_size)]
+def _in_order(size: int, batch_size: int) -> list[tuple[list[int], int]]:
+    return [(rows.tolist(), 0) for rows in torch.arange(size).split(batch_size)]
 
 
 def from_arrays(
@@ -168,8 +175,6 @@ def from_arrays(
     val: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     augment: Mapping[str, Callable] | None,
-    batch_size: int,
-    num_workers: int,
     default: Callable = ShiftFlip(),  # noqa: B008 - a frozen value
 ) -> Data:
     """An image set in memory, from (images, labels) pairs.
@@ -187,7 +192,7 @@ def from_arrays(
         return Split(images.expand(-1, 3, -1, -1).contiguous(), labels, size, **training)
 
     training = split(train, transform=chain(augment, default), training=True)
-    return Data(list(classes), size, training, split(val), split(test), batch_size, num_workers)
+    return Data(list(classes), size, training, split(val), split(test))
 
 
 def from_encoded(
@@ -199,8 +204,6 @@ def from_encoded(
     pack_size: ImageSize | None,
     store: str | None,
     augment: Mapping[str, Callable] | None,
-    batch_size: int,
-    num_workers: int | None,
 ) -> Data:
     """An image set of encoded images: in memory if they are small, packed if asked to, else decoded batch by batch.
 
@@ -210,14 +213,13 @@ def from_encoded(
         image_size: None: that of the images if all are equal and at most 64 px, otherwise 224.
         pack_size: of packed images, from which views are cropped; None: images are not packed.
         store: folder of packs.
-        num_workers: None: 2, and none for images in memory.
     """
     lengths = [len(part) for part in rows.values()]
     if pack_size is None:
         pixels = read_small(images.select(torch.cat(list(rows.values()))), image_size, store)
         if pixels is not None:
             pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
-            return from_arrays(classes, *pairs, augment, batch_size, num_workers or 0)
+            return from_arrays(classes, *pairs, augment)
 
     if pack_size is None:  # else all are decoded now
         check(images, torch.cat([rows["val"], rows["test"]]), store)
@@ -242,7 +244,7 @@ def from_encoded(
     whole = CenterCrop() if packed is None else CenterCrop(min(CenterCrop.resize, room))
     train = Split(splits["train"], labels[rows["train"]], size, transform, training=True)
     val, test = (Split(splits[split], labels[rows[split]], size, whole) for split in ("val", "test"))
-    return Data(list(classes), size, train, val, test, batch_size, 2 if num_workers is None else num_workers)
+    return Data(list(classes), size, train, val, test)
 
 
 def cut(labels: Tensor, fractions: Sequence[float], seed: int, classes: Sequence[str]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from distill.data.draws import stream
 
 
 class EpochBatches(Sampler):
-    """The batches of an epoch, each as (rows, views), in an order that depends on (seed, epoch) only.
+    """The batches of an epoch, each as (rows, view), in an order that depends on (seed, epoch) only.
 
     A view is the epoch's number, modulo `views` where only so many are wanted. With several processes each has its
     own rows, equally many; what is left over is dropped, and so is the last batch unless it is full or the only one:
@@ -40,7 +40,7 @@ class EpochBatches(Sampler):
         """Batches of a full epoch, wherever it is resumed."""
         return max(1, self.size // _processes()[1] // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+    def __iter__(self) -> Iterator[tuple[list[int], int]]:
         # Not a generator: epoch and start are those of now, not of when the first batch is asked for.
         rank, processes = _processes()
         generator = torch.Generator().manual_seed(stream(self.seed, self.epoch))
@@ -48,7 +48,7 @@ class EpochBatches(Sampler):
         mine = order[rank::processes][: self.size // processes]
         view = self.epoch % self.views if self.views else self.epoch
         batches = mine.split(self.batch_size)[: len(self)]
-        return ((rows.tolist(), [view] * len(rows)) for rows in batches[self.start :])
+        return ((rows.tolist(), view) for rows in batches[self.start :])
 
 
 class ViewBatches(Sampler):
@@ -67,12 +67,12 @@ class ViewBatches(Sampler):
     def _batch(self) -> int:
         return min(self.batch_size, self.size // _processes()[1])
 
-    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+    def __iter__(self) -> Iterator[tuple[list[int], int]]:
         (rank, processes), batch = _processes(), self._batch()
         per_view = len(self) // self.views * processes
         order = torch.arange(per_view * batch) % self.size
         mine = order.split(batch)[rank::processes]
-        return ((rows.tolist(), [view] * batch) for view in range(self.views) for rows in mine)
+        return ((rows.tolist(), view) for view in range(self.views) for rows in mine)
 
 
 def _processes() -> tuple[int, int]:

@@ -7,12 +7,10 @@ from torch.nn.functional import interpolate
 
 from distill.data.augment import ShiftFlip
 from distill.data.base import Data, cut, from_arrays
-from distill.schema.ranges import Count, Inside, Number, Seed
+from distill.schema.ranges import Inside, Seed
 
 
 def digits(
-    batch_size: Count,
-    num_workers: Number,
     val_fraction: Inside = 0.15,
     test_fraction: Inside = 0.3,
     split_seed: Seed = 0,
@@ -31,4 +29,4 @@ def digits(
     classes = [str(name) for name in source.target_names]
     rows = cut(labels, (val_fraction, test_fraction), split_seed, classes)
     splits = ((images[part], labels[part]) for part in rows)
-    return from_arrays(classes, *splits, augment, batch_size, num_workers, ShiftFlip(padding=3, flip=False))
+    return from_arrays(classes, *splits, augment, ShiftFlip(padding=3, flip=False))

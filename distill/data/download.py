@@ -1,12 +1,36 @@
-"""The arrays of one of torchvision's data sets, downloaded unless they are there."""
+"""Torchvision's data sets as they are published: downloaded unless they are there, validation cut from training."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn.functional import pad
 
+from distill.data.base import Data, cut, from_arrays
 from distill.errors import UserError
+
+
+def published(
+    dataset: type,
+    root: str,
+    remedy: str,
+    val_fraction: float,
+    split_seed: int,
+    augment: Mapping[str, Callable] | None,
+    padding: int = 0,
+) -> Data:
+    """The official test set; validation is cut from training. By default shifted and mirrored.
+
+    Args:
+        dataset, root, remedy: see `fetch`.
+        padding: px of zeros on each side.
+    """
+    classes, (images, labels), (test_images, test_labels) = fetch(dataset, root, remedy)
+    images, test_images = (pad(each, [padding] * 4) if padding else each for each in (images, test_images))
+    train, val = ((images[rows], labels[rows]) for rows in cut(labels, (val_fraction,), split_seed, classes))
+    return from_arrays(classes, train, val, (test_images, test_labels), augment)
 
 
 def fetch(dataset: type, root: str, remedy: str) -> tuple[list[str], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -9,13 +9,11 @@ from torch.nn.functional import interpolate
 
 from distill.data.base import Data, from_arrays
 from distill.errors import UsageError
-from distill.schema.ranges import Count, Number, Seed, Sides
+from distill.schema.ranges import Seed, Sides
 from distill.types import checked_size, sides
 
 
 def fake(
-    batch_size: Count,
-    num_workers: Number,
     num_classes: Annotated[int, Ge(2)] = 10,
     train_size: Annotated[int, Ge(2)] = 600,
     image_size: Sides = 32,
@@ -48,4 +46,4 @@ def fake(
     images = torch.cat([made(part) for part in labels.split(1024)])  # so that memory grows by the images' own bytes
     classes = [f"class{label}" for label in range(num_classes)]
     splits = zip(images.split(sizes), labels.split(sizes), strict=True)
-    return from_arrays(classes, *splits, augment, batch_size, num_workers)
+    return from_arrays(classes, *splits, augment)

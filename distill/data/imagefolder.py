@@ -12,7 +12,7 @@ from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import Files
 from distill.errors import UserError
 from distill.progress import say
-from distill.schema.ranges import Count, Inside, Number, Seed, Sides
+from distill.schema.ranges import Inside, Seed, Sides
 from distill.types import checked_size, sides
 
 _SPLITS = {  # in whatever case
@@ -24,8 +24,6 @@ _SPLITS = {  # in whatever case
 
 def imagefolder(
     root: str,
-    batch_size: Count,
-    num_workers: Number | None,
     image_size: Sides | None = None,
     val_fraction: Inside = 0.1,
     test_fraction: Inside = 0.2,
@@ -77,8 +75,6 @@ def imagefolder(
         pack,
         store,
         augment,
-        batch_size,
-        num_workers,
     )
 
 

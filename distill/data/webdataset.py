@@ -26,7 +26,7 @@ from distill.data.files import DECODED, Encoded, header, read
 from distill.errors import UsageError, UserError
 from distill.files import atomic, file_stamp
 from distill.progress import say
-from distill.schema.ranges import Count, Inside, Number, Seed, Sides
+from distill.schema.ranges import Inside, Seed, Sides
 from distill.types import checked_size, sides
 
 LONGEST = 10_000_000  # bytes of an image's description
@@ -35,8 +35,6 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def webdataset(
     train: str,
-    batch_size: Count,
-    num_workers: Number | None,
     val: str | None = None,
     test: str | None = None,
     classes: Sequence[str] | str | None = None,
@@ -81,7 +79,7 @@ def webdataset(
     names = _names(classes, int(every.max()))
     rows = hold_out(labels, {"val": val_fraction, "test": test_fraction}, split_seed, names)
     images = Shards(paths, index, max(sides(image_size or 224)))
-    return from_encoded(names, images, every, rows, image_size, pack, store, augment, batch_size, num_workers)
+    return from_encoded(names, images, every, rows, image_size, pack, store, augment)
 
 
 class Shards(Encoded):

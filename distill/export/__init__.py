@@ -47,7 +47,7 @@ def export(
         The files by network, and one line for each failure.
     """
     rows = torch.arange(2) % len(data.val)
-    example = data.val[rows, rows].images
+    example = data.val[rows, 0].images
     metadata = {"classes": data.classes, "input": preparation(data), **metadata}
     files, failures = {name: [] for name in nets}, []
     for name, flows in nets.items():

@@ -114,7 +114,8 @@ class CRD(Loss):
             )
         ours = unit(self.embed_student(student.features[self.student_taps[0]].flatten(1)))  # (N, feature_dim)
         theirs = unit(self.embed_teacher(teacher.features[self.teacher_taps[0]].flatten(1)))
-        rows = self.draw(batch.index, batch.labels)
+        index = batch.index.to(batch.labels.device)
+        rows = self.draw(index, batch.labels)
         # clones, because the banks are written below, before backward reads them
         scores = [
             (anchors @ bank.clone().T / self.temperature).gather(1, rows)
@@ -124,7 +125,7 @@ class CRD(Loss):
         if self.batches == 0:
             self.log_z.copy_(torch.stack([first_log_z(each, size) for each in scores]))
         self.batches += 1
-        self.remember(batch.index, ours, theirs)
+        self.remember(index, ours, theirs)
         return sum(crd(each, log_z, size) for each, log_z in zip(scores, self.log_z, strict=True))
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ def evaluate(
     # once, where it is the same for all flows; on the CPU: an accelerator may compute float32 in fewer digits
     sources = {f"source {id(net)}": net for net in [*source_of.values(), *nets["student"].values()]}
     student = f"source {id(next(iter(nets['student'].values())))}" if nets["student"] else "student"
-    example = data.test[torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)].images
+    example = data.test[torch.zeros(1, dtype=torch.int64), 0].images
     with serve(artifacts) as served:
         eager = {name: _on_device(net) for name, net in plain.items()}
         models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in sources.items()}}
@@ -54,7 +54,7 @@ def evaluate(
         logits, labels, failed = measure.predict(models, data.test_loader())
         answered = [name for name in artifacts if name in logits and f"source {id(source_of[name])}" in logits]
         bounds = {name: _bounds(artifacts[name], source_of[name], tolerance) for name in answered}
-        few = data.test[torch.arange(len(data.test))[:FEW], torch.zeros(min(FEW, len(data.test)), dtype=torch.int64)]
+        few = data.test[torch.arange(len(data.test))[:FEW], 0]
         reference = next(iter(nets["student"].values()), plain["student"])
         failures = list(failed.values())
         for name in answered:

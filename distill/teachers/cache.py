@@ -210,12 +210,9 @@ class Cached(Teacher):
     def forward(self, batch: Batch) -> Outputs:
         if (batch.index < 0).any():
             return self.teacher(batch)
-        views = batch.view.unique().tolist()
-        if len(views) > 1:
-            raise ValueError(f"a batch of one view was expected, not of views {views}")
-        rows = batch.index.cpu().numpy()
+        rows = batch.index.numpy()
         try:
-            files = {name: self._file(name, views[0]) for name in self.layouts}
+            files = {name: self._file(name, batch.view) for name in self.layouts}
             read = {name: file.read(rows) for name, file in files.items()}
         except OSError as error:
             self._stop_writing(error)
@@ -243,8 +240,7 @@ class Cached(Teacher):
             self._view = view
         if (name, view) not in self._files:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"{name.replace(':', '-').replace('/', '-')}-{view:04d}.rows"
-            self._files[name, view] = Rows(path, view, self.count, *self.layouts[name])
+            self._files[name, view] = Rows(file_of(self.folder, name, view), view, self.count, *self.layouts[name])
         return self._files[name, view]
 
     def _outputs(self, values: dict[str, Tensor], device: torch.device) -> Outputs:
@@ -327,15 +323,12 @@ def reads(features: Iterable[str]) -> str:
     return f"the losses read the teacher's {', '.join(features)} too (cache=features keeps them)"
 
 
-def open_cache(
-    teacher: Teacher, data: Data, example: Outputs, views: int, options: Mapping, identify: Callable[..., dict]
-) -> Cached | None:
-    """The cache of `options` (conf/cache), its size told; None where mode "auto" finds that the teacher must be asked.
+def size_of(teacher: Teacher, data: Data, example: Outputs, views: int, options: Mapping) -> int | None:
+    """Bytes of the cache of `options` (conf/cache); None where mode "auto" finds that the teacher must be asked.
 
     Args:
         example: the teacher's answer to a few images, with all that the losses read.
         views: how many are to be kept.
-        identify: `identity` but for teacher and data.
 
     Raises:
         UsageError: the teacher changes while it teaches, a loss reads features of a cache of logits, an unknown dtype,
@@ -356,9 +349,7 @@ def open_cache(
         return None
     if reason:
         raise UsageError(f"cache={mode}: {reason}; cache=off asks the teacher every time")
-    known_by = identify(teacher, data, dtype=dtype, top_k=top_k)
-    folder = Path(options["folder"]) / content_key(known_by)
-    cached = Cached(teacher, folder, example, len(data.train), DTYPES[dtype], top_k)
+    cached = Cached(teacher, Path(options["folder"]), example, len(data.train), DTYPES[dtype], top_k)
     view_bytes = cached.bytes_per_row * len(data.train) + HEADER * len(cached.layouts)
     budget = parse_bytes(options["budget"], "cache.budget")
     if views * view_bytes > budget:
@@ -371,15 +362,44 @@ def open_cache(
             say(f"cache: none, {line}")
             return None
         raise UsageError(f"cache.views: {line}")
+    return views * view_bytes
+
+
+def place_of(options: Mapping, known_by: Mapping) -> Path:
+    """The folder of the answers of one `identity`."""
+    return Path(options["folder"]) / content_key(known_by)
+
+
+def file_of(folder: Path, name: str, view: int) -> Path:
+    """Which of an identity's files holds one output (the logits, or a tap) of one view."""
+    return folder / f"{name.replace(':', '-').replace('/', '-')}-{view:04d}.rows"
+
+
+def open_cache(
+    teacher: Teacher, data: Data, example: Outputs, views: int, options: Mapping, identify: Callable[..., dict]
+) -> Cached | None:
+    """The cache of `options`, its size told; None where mode "auto" finds that the teacher must be asked.
+
+    Args:
+        teacher, data, example, views, options: see `size_of`, which raises what is wrong with them.
+        identify: `identity` but for teacher and data.
+    """
+    size = size_of(teacher, data, example, views, options)
+    if size is None:
+        return None
+    dtype, top_k = options["dtype"], options["top_k"]
+    known_by = identify(teacher, data, dtype=dtype, top_k=top_k)
+    folder = place_of(options, known_by)
+    cached = Cached(teacher, folder, example, len(data.train), DTYPES[dtype], top_k)
     if leads():
         with suppress(OSError):  # a full disk: said when rows are written
             folder.mkdir(parents=True, exist_ok=True)
             with atomic(folder / "identity.json") as temporary:
                 temporary.write_text(json.dumps(known_by, indent=2), encoding="utf-8")
-            if shutil.disk_usage(folder).free < views * view_bytes:
+            if shutil.disk_usage(folder).free < size:
                 say(f"warning: cache: {human(shutil.disk_usage(folder).free)} are free, it may not fit")
     say(
         f"cache: {', '.join(cached.layouts)} of {views} views, {cached.bytes_per_row:,} bytes a row and view, "
-        f"{human(views * view_bytes)} in all → {folder}"
+        f"{human(size)} in all → {folder}"
     )
     return cached

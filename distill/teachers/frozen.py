@@ -1,6 +1,7 @@
 """A trained network that teaches."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -10,9 +11,18 @@ from distill.errors import UserError
 from distill.networks.fold import fold_batch_norm
 from distill.networks.network import Network
 from distill.networks.weights import content_hash
+from distill.progress import say
 from distill.teachers.base import Teacher
 from distill.teachers.committee import Committee
 from distill.types import Batch, Outputs
+
+
+@dataclass
+class Outside:
+    """What torch does not see as a part of the module that holds it."""
+
+    network: "Network | Committee"
+    quick: nn.Module | None = None  # images to logits, what answers where no features are read; None: not made yet
 
 
 class Frozen(Teacher):
@@ -34,16 +44,16 @@ class Frozen(Teacher):
         quicken: Callable[[nn.Module], nn.Module] = fold_batch_norm,
     ):
         super().__init__()
-        self._outside_the_tree = [network.eval().requires_grad_(False)]  # and the copy, when it is first asked
+        self.outside = Outside(network.eval().requires_grad_(False))
         self.precision, self.quicken = precision, quicken
         self.fingerprint = content_hash(network)
 
     @property
     def network(self) -> "Network | Committee":
-        return self._outside_the_tree[0]
+        return self.outside.network
 
     def _apply(self, fn, recurse=True):
-        for net in self._outside_the_tree:
+        for net in filter(None, (self.outside.network, self.outside.quick)):
             net._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
@@ -52,11 +62,26 @@ class Frozen(Teacher):
     def forward(self, batch: Batch) -> Outputs:
         if self.network.recording:
             return self._looked_into(batch.images)
-        if len(self._outside_the_tree) == 1:
-            with _autocast(batch.images, None):
-                self._outside_the_tree.append(self._quick(batch.images))
+        if self.outside.quick is None:
+            self.prepare(batch.images)
         with _autocast(batch.images, self.precision):
-            return Outputs(self._outside_the_tree[1](batch.images), self.network.tensors())
+            return Outputs(self.outside.quick(batch.images), self.network.tensors())
+
+    @torch.no_grad()
+    def prepare(self, example: Tensor) -> None:
+        """Make what answers where no features are read: the faster copy, or, where that does not answer images
+        (N, C, H, W) alike, an unchanged one. It is on the network's device from now on."""
+        place = next(chain(self.network.parameters(), self.network.buffers()))
+        with _autocast(example, None):
+            wanted, plain = self.network(example).logits, self.network.plain()
+            quick = self.quicken(plain)
+            quick, plain = (net.to(place).to(memory_format=torch.channels_last) for net in (quick, plain))
+            came = quick(example)
+        near = torch.allclose(came, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+        if not near and self.precision != "int8":
+            say("  teacher: its faster copy does not answer alike, so the network answers as it is")
+            quick = plain
+        self.outside.quick = quick
 
     def _looked_into(self, images: Tensor) -> Outputs:
         if self.precision == "int8":
@@ -66,17 +91,6 @@ class Frozen(Teacher):
             )
         with _autocast(images, self.precision):
             return self.network(images)
-
-    def _quick(self, images: Tensor) -> nn.Module:
-        """The copy that answers without features; an unchanged one where the faster does not answer alike."""
-        wanted = self.network(images).logits
-        place = next(chain(self.network.parameters(), self.network.buffers()))
-        plain = self.network.plain()
-        quick = self.quicken(plain)
-        quick, plain = (net.to(place).to(memory_format=torch.channels_last) for net in (quick, plain))
-        came = quick(images)
-        near = torch.allclose(came, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
-        return quick if near or self.precision == "int8" else plain
 
     def get_extra_state(self) -> str:
         return self.fingerprint

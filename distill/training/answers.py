@@ -1,7 +1,7 @@
 """The teacher's answers, kept for a run's views."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from distill.data.base import Data
@@ -10,7 +10,8 @@ from distill.losses.terms import build_losses
 from distill.networks.network import Network
 from distill.progress import say
 from distill.teachers.base import Teacher
-from distill.teachers.cache import Ask, Cached, identity, open_cache
+from distill.teachers.cache import Ask, Cached, file_of, identity, open_cache, place_of, size_of
+from distill.teachers.frozen import Frozen
 from distill.training.connect import connect
 from distill.training.lightning import trainer as make_trainer
 from distill.training.recipe import Recipe
@@ -45,11 +46,29 @@ class Answers:
         seed = self.options["seed"]
         if self.options["keep"] == "off":
             return teacher, {"views": self.views, "view_seed": seed}
-        stored = min(self.views or epochs, epochs)
-        known_by = partial(identity, seen=seen, described=self.described, seed=seed, device=device)
-        opened = open_cache(teacher, data, seen, stored, self.options, known_by)
+        stored = self.stored(epochs)
+        opened = open_cache(teacher, data, seen, stored, self.options, self._known_by(seen, device))
         views = self.views if opened is None else stored  # a run sees the views it asks for, kept or not
         return opened or teacher, {"views": views, "view_seed": seed}
+
+    def stored(self, epochs: int) -> int:
+        """How many views a training of so many epochs sees of each image, and so how many would be kept."""
+        return min(self.views or epochs, epochs)
+
+    def size(self, teacher: Teacher, data: Data, seen: Outputs, epochs: int) -> int:
+        """Bytes that the answers of a training will take; 0 where they are not kept. Raises as `of`."""
+        off = self.options["keep"] == "off"
+        return 0 if off else size_of(teacher, data, seen, self.stored(epochs), self.options) or 0
+
+    def present(self, teacher: Frozen, data: Data, seen: Outputs, epochs: int, device: str) -> tuple[int, int]:
+        """How many views of a training were begun before, and how many it sees."""
+        kept = {key: self.options[key] for key in ("dtype", "top_k")}
+        folder = place_of(self.options, self._known_by(seen, device)(teacher, data, **kept))
+        stored = self.stored(epochs)
+        return sum(file_of(folder, "logits", view).is_file() for view in range(stored)), stored
+
+    def _known_by(self, seen: Outputs, device: str) -> Callable[..., dict]:
+        return partial(identity, seen=seen, described=self.described, seed=self.options["seed"], device=device)
 
 
 def made_of(network: Mapping) -> dict:

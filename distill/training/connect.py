@@ -30,7 +30,7 @@ def connect(
     if teacher is not None:
         keep(teacher.network, "teacher", terms)
     rows = torch.arange(2) % len(data.train)
-    batch = data.train[rows, torch.zeros(2, dtype=torch.int64)]
+    batch = data.train[rows, 0]
     student_outputs = _dry_run(student, batch, data)
     if min(data.batch_size, len(data.train)) == 1:
         _check_batch_norms(student, batch)

@@ -14,6 +14,11 @@ from distill.networks.weights import save_weights
 from distill.progress import leads, say
 
 
+def kept(place: Path, described: Mapping) -> Path:
+    """Where the weights of `once` lie, if it was done."""
+    return place.with_name(f"{place.name}-{content_key(described)}") / "weights.safetensors"
+
+
 def once(
     net: nn.Module, place: Path, described: Mapping, train: Callable[[Path], Mapping], load: Callable, said: str
 ) -> nn.Module:
@@ -29,8 +34,8 @@ def once(
         load: puts the weights of a file into `net`, as `load_weights` does.
         said: what was done before, for the line that says it is read: "teacher: fitted".
     """
-    folder = place.with_name(f"{place.name}-{content_key(described)}")
-    weights = folder / "weights.safetensors"
+    weights = kept(place, described)
+    folder = weights.parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock") if leads() else contextlib.nullcontext():
         if weights.exists():

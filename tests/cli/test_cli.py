@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import QUICK, ROOT
 
-from distill.cli import seeds
+from distill.cli import command, seeds
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,10 @@ from distill.cli import seeds
         (["select=first"], "select=first: expected one of best, last"),
         (["run=nowhere"], "run=nowhere is not the folder of a run"),
         (["data=imagefolder"], "data.root must be given"),
-        (["loss=[ce"], "error: "),
+        (["loss=[ce"], "error: no viable alternative at input '[ce'"),
+        (["teacher=nowhere"], "no teacher 'nowhere'. There are: convnext_tiny, custom, deit_tiny"),
+        (["data=mnist"], "no data 'mnist'. There are: cifar10, cifar100, digits"),
+        (["+loss.kd.weight=3"], "An item is already at 'loss.kd.weight'"),
     ],
 )
 def test_a_usage_error_is_one_line_and_exit_code_2(train, capfd, tmp_path, words, expected):
@@ -89,6 +92,36 @@ def test_bad_input_is_one_line_and_fails(train, capfd, tmp_path, monkeypatch, wo
     assert "Traceback" not in "".join(errors)
     assert not list(tmp_path.rglob("*.tmp"))
     assert not list(tmp_path.rglob("student*.safetensors"))
+
+
+def test_torchs_absence_is_a_line_with_the_command_that_brings_it(tmp_path):
+    program = (
+        "import sys, runpy, time\n"
+        "start = time.process_time()\n"
+        "sys.modules['torch'] = None\n"  # as if it weren't there
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print(time.process_time() - start)\n"
+    )
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stderr == "error: torch is not installed: pip install torch torchvision\n" and done.returncode == 1
+    assert float(done.stdout) < 1
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), "belong together: pip install --upgrade torch"),
+        (ModuleNotFoundError("No module named 'sklearn'", name="sklearn.base"), "not installed: pip install scikit-"),
+    ],
+)
+def test_packages_that_are_missing_or_unlike_are_told_with_the_command(capsys, error, told):
+    assert command._tell(error) == 1
+    line = capsys.readouterr().err
+    assert told in line and line.count("\n") == 1 and "HYDRA_FULL_ERROR" not in line
 
 
 def test_a_traceback_comes_when_asked_for(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from sets import fake
 from torch import nn
 
 from distill.cli import build, config
@@ -12,7 +13,6 @@ from distill.cli.roles import finetuning
 from distill.compress import auto as search
 from distill.compress.auto import Candidate, auto, exceeded, pareto, table
 from distill.compress.static_int8 import static_int8
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.export import torch_export, torchscript
 from distill.files import CONF

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sets import from_arrays
 from torch import nn
 
 from distill import compress
@@ -15,7 +16,6 @@ from distill.compress.flows import FLOWS, layers, paths, prepare
 from distill.compress.sensitivity import by_sensitivity
 from distill.compress.static_int8 import static_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.base import from_arrays
 from distill.errors import UsageError, UserError
 from distill.export import executorch
 from distill.runtimes.coverage import coverage, describe, int8_share, stored, warning

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sets import from_arrays
 from torch import nn
 
 from distill.compress.low_rank import low_rank
 from distill.compress.prune import LAYERS, prune, unprunable
 from distill.compress.sparsify import sparsify, zeros
 from distill.compress.static_int8 import static_int8
-from distill.data.base import from_arrays
 from distill.errors import UsageError, UserError
 from distill.networks.resnet_cifar import resnet
 from distill.networks.torchvision_models import classifier

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sets import fake
 from torch import nn
 
 from distill import compress
@@ -15,7 +16,6 @@ from distill.compress.qat_int8 import qat_int8
 from distill.compress.sparsify import sparsify
 from distill.compress.static_int8 import static_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.networks.fold import without_fast_paths
 from distill.networks.torchvision_models import classifier
@@ -89,7 +89,7 @@ def test_steps_that_round_are_near_on_every_network(name, data):
     net = NETS[name]().eval()
     before, images = (
         copy.deepcopy(net.state_dict()),
-        data.val[torch.arange(8), torch.zeros(8, dtype=torch.int64)].images,
+        data.val[torch.arange(8), 0].images,
     )
     wanted = net(images).detach()
 

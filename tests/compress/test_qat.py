@@ -6,13 +6,13 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from sets import fake
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from distill.compress import flows
 from distill.compress.flows import FLOWS
 from distill.compress.qat_int8 import qat_int8
-from distill.data.fake import fake
 from distill.errors import UserError
 
 EXPORTER = {"fx": "torchscript", "xnnpack": "executorch", "onnx": "onnx"}

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sets import imagefolder
 
 from distill.data import files as files_module
 from distill.data.augment import CenterCrop, RandomResizedCrop, ShiftFlip
 from distill.data.files import ImageError, read
-from distill.data.imagefolder import imagefolder
 from distill.data.pack import Packed
 from distill.errors import UserError
 
@@ -83,7 +83,7 @@ def test_images_are_decoded_once(images, decoded):
     assert len(decoded) == (images.kind == "small")  # one, to see whether they are small
     assert images.packs[0].stat().st_mtime_ns == written
     copy = pickle.loads(pickle.dumps(again.train))
-    assert torch.equal(copy[[2], [5]].images, again.train[[2], [5]].images)
+    assert torch.equal(copy[[2], 5].images, again.train[[2], 5].images)
 
 
 def test_small_images_are_the_same_packed_or_not(tmp_path):
@@ -105,14 +105,14 @@ def test_packed_squares_are_the_middle_of_the_images(tmp_path):
             whole = torch.from_numpy(read(images.root / name)).permute(2, 0, 1)
             assert torch.equal(square, CenterCrop(resize=1.0)([whole], torch.empty(1, 0), 64)[0])
     square = data.test.images[torch.tensor([1])]
-    assert torch.equal(data.test[[1], [0]].images * 255, CenterCrop()(square, torch.empty(1, 0), 48).float())
+    assert torch.equal(data.test[[1], 0].images * 255, CenterCrop()(square, torch.empty(1, 0), 48).float())
 
 
 def test_packed_at_their_final_size_they_can_be_shifted(tmp_path):
     images = Set(tmp_path, "large")
     data = images.make(pack=48, augment={"shift_flip": ShiftFlip()})
-    assert torch.equal(data.test[[1], [0]].images * 255, data.test.images[torch.tensor([1])].float())
-    assert data.train[[0, 1], [0, 0]].images.shape == (2, 3, 48, 48)
+    assert torch.equal(data.test[[1], 0].images * 255, data.test.images[torch.tensor([1])].float())
+    assert data.train[[0, 1], 0].images.shape == (2, 3, 48, 48)
     assert len({images.make(pack=pack).fingerprint for pack in (48, 56, 64, None)}) == 4
     with pytest.raises(UserError, match="resized_crop"):
         images.make(pack=56, augment={"shift_flip": ShiftFlip()})

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sets import imagefolder, webdataset
 
 from distill.data.augment import RandomResizedCrop, ShiftFlip, chain
 from distill.data.files import ImageError
-from distill.data.imagefolder import imagefolder
-from distill.data.webdataset import webdataset
 from distill.errors import UserError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sets import fake
 
-from distill.data.fake import fake
 from distill.export import deploy
 from distill.report.tables import Row
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import loaders
 import pytest
 import torch
+from sets import fake
 from torch import nn
 
 from distill import export as exporting
 from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.export import deploy, executorch, onnx, torch_export, torchscript
 from distill.networks.network import Network
@@ -57,7 +57,7 @@ def network(data) -> Network:
 @pytest.fixture(scope="module")
 def nets(network, data) -> dict[str, dict[str, nn.Module]]:
     plain, small = network.plain(), {}
-    images = data.train[torch.arange(64), torch.zeros(64, dtype=torch.int64)].images
+    images = data.train[torch.arange(64), 0].images
     for flow in flows.FLOWS:
         prepared = flows.prepare(plain, images[:2], flow)
         with torch.no_grad():

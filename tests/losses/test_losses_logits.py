@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from sets import fake
 from test_module import distil, network
 from torch import nn
 
 from distill.cli import build
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.losses.abkd import abkd
 from distill.losses.ctkd import CTKD, ctkd, reversal
@@ -56,7 +56,7 @@ def some_labels(n: int, k: int) -> torch.Tensor:
 
 def batch_of(labels) -> Batch:
     rows = torch.arange(len(labels))
-    return Batch(torch.zeros(len(labels), 3, 4, 4), labels, rows, torch.zeros_like(rows))
+    return Batch(torch.zeros(len(labels), 3, 4, 4), labels, rows, 0)
 
 
 # The equations. `s`, `t` are logits (N, K), `y` labels; `at` is the student where a stopped gradient holds it.
@@ -788,7 +788,7 @@ def test_two_epochs_lower_the_loss_and_train_its_parts(name, data):
     taught = name not in WITHOUT_TEACHER
     # a step of one size for all: the gradient's scale is the loss's own
     module = distil(data, {"only": loss}, {"only": min(1.0, 0.9 / SCALE.get(name, 1.0))}, teacher=taught, epochs=2)
-    batch = data.train[torch.arange(48), torch.zeros(48, dtype=torch.int64)]
+    batch = data.train[torch.arange(48), 0]
     loss.eval()
 
     def value(student) -> float:

@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.utils import instantiate
+from sets import fake
 from test_losses import numbers, softmax
 from test_module import network
 
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.cc import CC, cc
 from distill.losses.ce import CE
@@ -403,7 +403,7 @@ def built_crd(**options) -> CRD:
 def crd_batch(step: int, n: int = 5):
     """Student, teacher and batch of a step, whose rows follow each other."""
     rows = (torch.arange(n) + n * step) % len(LABELS)
-    batch = Batch(torch.zeros(n, 3, 2, 2), LABELS[rows], rows, torch.zeros(n, dtype=torch.int64))
+    batch = Batch(torch.zeros(n, 3, 2, 2), LABELS[rows], rows, 0)
     student, teacher = numbers(n, 5, seed=2 * step + 1).float(), numbers(n, 6, seed=2 * step + 2).float()
     return outputs(student, "pooled"), outputs(teacher, "pooled"), batch
 
@@ -541,7 +541,9 @@ def test_two_processes_write_both_their_embeddings_into_the_same_banks(tmp_path)
             outputs(torch.cat([part[side].features["pooled"] for part in parts]), "pooled") for side in (0, 1)
         )
         alone(
-            student, teacher, Batch(*(torch.cat(both) for both in zip(*(part[2][:4] for part in parts), strict=True)))
+            student,
+            teacher,
+            Batch(*(torch.cat(both) for both in zip(*(part[2][:3] for part in parts), strict=True)), 0),
         )
     torch.testing.assert_close(ranks[0]["student_bank"], alone.student_bank)
     torch.testing.assert_close(ranks[0]["teacher_bank"], alone.teacher_bank)

@@ -11,13 +11,13 @@ import torch
 import torchvision
 from conftest import QUICK
 from hydra import compose, initialize_config_dir
+from sets import fake
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from distill.cli import config, roles
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.export import executorch, onnx, torch_export, torchscript
 from distill.files import CONF
@@ -186,7 +186,7 @@ def test_every_file_answers_as_the_network_with_hooks(kind, tmp_path):
 def test_teachers_keep_the_hooks_of_their_own():
     images = torch.rand(4, 3, SIZE, SIZE)
     rows = torch.arange(4)
-    batch = Batch(images, rows, rows, rows)
+    batch = Batch(images, rows, rows, 0)
     networks = [wrapped(with_hooks()), wrapped(body(old_spectral_norm))]
     for network in networks:
         train_a_little(network)

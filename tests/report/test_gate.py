@@ -6,6 +6,7 @@ import loaders
 import pytest
 import torch
 from omegaconf import OmegaConf
+from sets import fake
 from test_configs import composed
 from torch import nn
 from torchvision.models.squeezenet import Fire
@@ -15,7 +16,6 @@ from distill import types
 from distill.compress.cast import cast
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.export import executorch, onnx, torch_export, torchscript
 from distill.networks.deit import deit
@@ -52,7 +52,7 @@ def settled(net: nn.Module, data) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None
     with torch.no_grad():
-        net(data.train[torch.arange(64), torch.zeros(64, dtype=torch.int64)].images)
+        net(data.train[torch.arange(64), 0].images)
     return net.eval()
 
 
@@ -74,7 +74,7 @@ def network(data) -> Network:
 
 
 def few(data, count: int = 6):
-    return data.test[torch.arange(count), torch.zeros(count, dtype=torch.int64)].images
+    return data.test[torch.arange(count), 0].images
 
 
 def decibels(found, wanted) -> float:

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.utilities import move_data_to_device
+from sets import fake
 from torch import nn
 
 from distill.cli import rehearsal
 from distill.data.augment import chain
-from distill.data.fake import fake
 from distill.errors import UsageError
 from distill.files import human, parse_bytes
 from distill.networks.network import Network
@@ -24,7 +25,6 @@ from distill.teachers.cache import Cached, Rows, TopK, identity, open_cache
 from distill.teachers.committee import Committee
 from distill.teachers.ema import Ema
 from distill.teachers.frozen import Frozen
-from distill.types import Batch
 
 OPTIONS = {"keep": "auto", "dtype": "float32", "top_k": None, "budget": "1GB"}
 
@@ -63,7 +63,7 @@ def data():
 
 
 def opened(taught_by, data, folder, views=2, **options) -> Cached:
-    example = taught_by(data.train[[0, 1], [0, 0]])
+    example = taught_by(data.train[[0, 1], 0])
     taught_by.asked = 0
     return open_cache(
         taught_by,
@@ -103,21 +103,21 @@ def test_a_row_of_zeros_is_told_from_one_that_is_missing(tmp_path):
 def test_the_teacher_is_asked_once_for_each_row_and_view(tmp_path, data):
     taught_by = teacher()
     cached = opened(taught_by, data, tmp_path)
-    first = [cached(data.train[range(16), [view] * 16]) for view in (0, 1)]
+    first = [cached(data.train[range(16), view]) for view in (0, 1)]
     assert taught_by.asked == 32
-    again = [cached(data.train[range(16), [view] * 16]) for view in (0, 1)]
-    other_order = cached(data.train[range(15, -1, -1), [1] * 16])
+    again = [cached(data.train[range(16), view]) for view in (0, 1)]
+    other_order = cached(data.train[range(15, -1, -1), 1])
     assert taught_by.asked == 32
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(other_order.logits, first[1].logits.flip(0))
     assert not torch.equal(first[0].logits, first[1].logits)  # the views differ
-    assert same(again[1], taught_by(data.train[range(16), [1] * 16]))
+    assert same(again[1], taught_by(data.train[range(16), 1]))
 
 
 def test_features_are_kept_in_their_layout_and_parameters_come_from_the_network(tmp_path, data):
     taught_by = teacher(taps=["stage1", "linear:weight"])
     cached = opened(taught_by, data, tmp_path, keep="features")
-    batch = data.train[range(16), [0] * 16]
+    batch = data.train[range(16), 0]
     first, second = cached(batch), cached(batch)
     assert taught_by.asked == 16 and same(first, second)
     assert first.features["stage1"].stride() == second.features["stage1"].stride()
@@ -126,7 +126,7 @@ def test_features_are_kept_in_their_layout_and_parameters_come_from_the_network(
 
 
 def test_a_run_that_reads_more_features_shares_what_is_there(tmp_path, data):
-    batch = data.train[range(16), [0] * 16]
+    batch = data.train[range(16), 0]
     first = opened(teacher(taps=["stage1"]), data, tmp_path, keep="features")
     first(batch)
     more = teacher(taps=["stage1", "linear"])
@@ -141,12 +141,12 @@ def test_images_outside_of_the_training_set_are_always_asked(tmp_path, data):
     taught_by = teacher()
     cached = opened(taught_by, data, tmp_path)
     for _ in range(2):
-        cached(data.val[range(8), [0] * 8])
+        cached(data.val[range(8), 0])
     assert taught_by.asked == 16 and not list(cached.folder.glob("*.rows"))
 
 
 def folder_of(tmp_path, data, taught_by, seed=0, described=(), **options):
-    example = taught_by(data.train[[0, 1], [0, 0]])
+    example = taught_by(data.train[[0, 1], 0])
     return open_cache(
         taught_by,
         data,
@@ -217,12 +217,12 @@ def swap_rows(path):
 def test_a_damaged_file_is_noticed_said_and_mended(tmp_path, data, capsys, harm):
     cached = opened(teacher(), data, tmp_path)
     for view in (0, 1):
-        cached(data.train[range(16), [view] * 16])
+        cached(data.train[range(16), view])
     harm(cached.folder / "logits-0000.rows")
     capsys.readouterr()
     taught_by = teacher()
     cached = opened(taught_by, data, tmp_path)
-    batch = data.train[range(16), [0] * 16]
+    batch = data.train[range(16), 0]
     assert same(cached(batch), taught_by(batch))
     assert "asked again" in capsys.readouterr().out
     taught_by.asked = 0
@@ -237,7 +237,7 @@ def test_a_row_that_a_kill_cut_off_is_missing(tmp_path, data, monkeypatch):
         write(descriptor, record[:20], place)
         raise KeyboardInterrupt
 
-    batch = data.train[range(16), [0] * 16]
+    batch = data.train[range(16), 0]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "pwrite", killed)
         cached(batch)
@@ -249,7 +249,7 @@ def test_a_row_that_a_kill_cut_off_is_missing(tmp_path, data, monkeypatch):
 def test_on_a_full_disk_the_teacher_answers_and_what_is_there_is_still_read(tmp_path, data, capsys, monkeypatch):
     taught_by = teacher()
     cached = opened(taught_by, data, tmp_path)
-    stored, new = (data.train[range(start, start + 16), [0] * 16] for start in (0, 16))
+    stored, new = (data.train[range(start, start + 16), 0] for start in (0, 16))
     cached(stored)
 
     def full(*_):
@@ -268,7 +268,7 @@ def fill(folder, start):
     cached = opened(teacher(), data, folder)
     for turn in range(30):
         rows = [(start + turn * 7 + row) % len(data.train) for row in range(16)]
-        cached(data.train[rows, [turn % 2] * 16])
+        cached(data.train[rows, turn % 2])
 
 
 def test_two_processes_fill_the_same_files(tmp_path, data):
@@ -283,7 +283,7 @@ def test_two_processes_fill_the_same_files(tmp_path, data):
     cached = opened(taught_by, data, tmp_path)
     for view in (0, 1):
         for rows in (range(16), range(16, 32), range(24, 40)):
-            batch = data.train[rows, [view] * 16]
+            batch = data.train[rows, view]
             assert same(cached(batch), teacher()(batch))
     assert taught_by.asked == 0
 
@@ -300,7 +300,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest():
 
 
 def test_top_k_and_half_precision_are_small_and_near(tmp_path, data):
-    batch = data.train[range(16), [0] * 16]
+    batch = data.train[range(16), 0]
     exact = teacher()(batch).logits
     full, half, top = (
         opened(teacher(), data, tmp_path, **options) for options in ({}, {"dtype": "float16"}, {"top_k": 3})
@@ -318,7 +318,7 @@ def test_float16_refuses_what_it_cannot_hold(tmp_path, data):
     loud = teacher()
     loud.network.net.linear.bias.data[0] = 1e5
     with pytest.raises(UsageError, match=r"cache\.dtype=float16 cannot hold the teacher's logits"):
-        opened(loud, data, tmp_path, dtype="float16")(data.train[range(16), [0] * 16])
+        opened(loud, data, tmp_path, dtype="float16")(data.train[range(16), 0])
 
 
 def test_the_budget_says_what_would_fit(tmp_path, data, capsys):
@@ -361,13 +361,13 @@ def student_of(folder) -> dict:
 
 @pytest.mark.parametrize("choice", ["loss=[ce,kd]", "loss=[ce,kd,fitnet]", "teacher.precision=int8"])
 def test_a_cached_run_ends_with_the_bits_of_the_online_run(train, quick, tmp_path, choice, capsys, monkeypatch):
-    monkeypatch.setattr(rehearsal, "rehearse", lambda cfg, data: None)  # which asks a teacher of its own
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: None)  # which asks a teacher of its own
     words = [*quick, choice, "loss.kd.weight=3", "trainer.max_epochs=4", "cache.views=2", "baseline=false"]
     words += ["stages=[teacher,distill]"]
     assert train(*words, "cache=off", "name=online", cwd=tmp_path) == 0
     asked = []
     forward = Frozen.forward
-    monkeypatch.setattr(Frozen, "forward", lambda self, batch: asked.append(batch.view[0]) or forward(self, batch))
+    monkeypatch.setattr(Frozen, "forward", lambda self, batch: asked.append(batch.view) or forward(self, batch))
     assert train(*words, "cache=features", "name=cached", cwd=tmp_path) == 0
     assert train(*words, "cache=features", "name=shared", cwd=tmp_path) == 0
     online = student_of(tmp_path / "outputs/online")
@@ -393,7 +393,7 @@ def test_a_teacher_in_int8_says_how_near_it_is_and_has_no_features(train, quick,
 
 
 def test_filled_ahead_nothing_is_asked_while_training(train, quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rehearsal, "rehearse", lambda cfg, data: None)  # which asks a teacher of its own
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: None)  # which asks a teacher of its own
     words = [*quick, "trainer.max_epochs=3", "cache.views=2", "baseline=false"]
     assert train(*words, "stages=[cache]", "name=ahead", cwd=tmp_path) == 0
     assert "filled in" in capsys.readouterr().out
@@ -413,18 +413,22 @@ def test_nothing_to_fill_is_said(train, quick, tmp_path, capsys):
     assert "cache.views=0" in capsys.readouterr().err
 
 
-def test_a_batch_of_several_views_is_a_programming_error(tmp_path, data):
-    batch = data.train[range(4), [0, 0, 1, 1]]
-    assert isinstance(batch, Batch)
-    with pytest.raises(ValueError, match="one view"):
-        opened(teacher(), data, tmp_path)(batch)
+def test_a_batch_has_one_view_and_keeps_its_rows_on_the_host(data):
+    batch = data.train[range(4), 7]
+    assert batch.view == 7 and type(batch.view) is int
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved.images.is_meta and moved.labels.is_meta and moved.index is batch.index and moved.view == 7
+    with pytest.raises(TypeError):
+        data.train[range(4), [0, 0, 1, 1]]
 
 
 def test_the_key_knows_how_a_network_computes_and_with_what(tmp_path, data, monkeypatch):
     """Two networks with the same weights, layers and images; another configuration; another library."""
     alike, bent = (Frozen(Network(Small(10, 0), {}, [0.5] * 3, [0.5] * 3)) for _ in range(2))
     bent.network.net.linear.forward = lambda x: nn.functional.linear(x, bent.network.net.linear.weight)  # no bias
-    monkeypatch.setattr(Frozen, "_quick", lambda self, images: lambda images: self.network(images).logits)
+    monkeypatch.setattr(
+        Frozen, "prepare", lambda self, _: setattr(self.outside, "quick", lambda images: self.network(images).logits)
+    )
     folders = [folder_of(tmp_path, data, alike), folder_of(tmp_path, data, bent)]
     folders.append(folder_of(tmp_path, data, alike, described={"heads": 6}))
     monkeypatch.setattr(cache, "version", lambda package: "9.9")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from sets import fake
 from test_losses import batch_of, numbers, softmax
 from test_module import network
 from torch import nn
 
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.at import AT
 from distill.losses.ce import CE
@@ -61,7 +61,7 @@ def fit(module: Distill, data, epochs: int, resume=None, callbacks=()) -> pl.Tra
 
 
 def some(data, rows: int = 8):
-    return data.train[torch.arange(rows), torch.zeros(rows, dtype=torch.int64)]
+    return data.train[torch.arange(rows), 0]
 
 
 # Frozen
@@ -81,7 +81,7 @@ def test_where_no_loss_looks_inside_a_copy_without_batch_norms_answers(data):
         wanted = net(batch.images).logits
     torch.testing.assert_close(answers[2], wanted, rtol=1e-3, atol=1e-4)
     assert not torch.equal(answers[2], wanted) and torch.equal(answers[0], answers[2])
-    copy = teacher._outside_the_tree[1]
+    copy = teacher.outside.quick
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in copy.modules())
     net.keep(["head:weight"])  # not of an image
     assert torch.equal(teacher(batch).logits, answers[0]) and "head:weight" in teacher(batch).features
@@ -91,12 +91,28 @@ def test_where_no_loss_looks_inside_a_copy_without_batch_norms_answers(data):
     assert next(copy.parameters()).dtype == torch.float64
 
 
-def test_a_copy_that_answers_otherwise_is_not_used(data):
+def test_a_copy_that_answers_otherwise_is_not_used_and_that_is_said(data, capsys):
     net, batch = network(1), some(data)
     wrong = network(2).plain()
-    answer = Frozen(net, quicken=lambda plain: wrong)(batch).logits
+    teacher = Frozen(net, quicken=lambda plain: wrong)
+    answers = [teacher(batch).logits for _ in range(2)]
     with torch.no_grad():
-        torch.testing.assert_close(answer, net(batch.images).logits)
+        torch.testing.assert_close(answers[1], net(batch.images).logits)
+    assert (
+        capsys.readouterr().out == "  teacher: its faster copy does not answer alike, so the network answers as it is\n"
+    )
+    Frozen(net)(batch)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_copy_can_be_made_ahead_and_moves_with_its_owner(data):
+    teacher, batch = Frozen(network(1)), some(data)
+    teacher.prepare(batch.images)
+    copy = teacher.outside.quick
+    assert torch.equal(teacher(batch).logits, copy(batch.images)) and teacher.outside.quick is copy
+    assert not [*teacher.parameters()] and list(teacher.state_dict()) == ["_extra_state"]
+    teacher.double()
+    assert next(copy.parameters()).dtype == next(teacher.network.parameters()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("around", [False, True])

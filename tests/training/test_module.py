@@ -6,12 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from sets import fake
 from torch import nn
 from torch.ao.quantization import FakeQuantize
 from torch.optim.swa_utils import AveragedModel
 
 from distill.cli import config
-from distill.data.fake import fake
 from distill.errors import UsageError, UserError
 from distill.files import CONF
 from distill.losses.at import AT
@@ -106,7 +106,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms_it_logs(data):
     weights = {"ce": 0.5, "kd": [[0, 0.0], [10, 10.0]]}
     module = distil(data, {"ce": CE(), "kd": KD()}, weights)
     logged = {name: module.trainer.callback_metrics[f"train/{name}"].item() for name in ("ce", "kd", "loss")}
-    batch = data.train[torch.arange(8), torch.zeros(8, dtype=torch.int64)]
+    batch = data.train[torch.arange(8), 0]
     module.eval()
     student, teacher = module.student(batch.images), module.teacher(batch)
     total, (ce, kd) = module.total(student, teacher, batch, batch_idx=0)
@@ -214,7 +214,7 @@ def test_a_transformer_teaches_a_convnet_by_its_tokens(data):
     images = fake(num_classes=5, train_size=20, image_size=32, batch_size=4, num_workers=0)
     losses, _ = build_losses(cfg.loss)
     connect(student, teacher, losses, images, seed=0)
-    batch = images.train[torch.arange(4), torch.zeros(4, dtype=torch.int64)]
+    batch = images.train[torch.arange(4), 0]
     outputs, taught = student(batch.images), teacher(batch)
     assert taught.features["stage2"].dim() == 3
     total = sum(loss(outputs, taught, batch) for loss in losses.values())
@@ -286,7 +286,7 @@ def test_a_compiled_graph_is_not_reused_for_other_taps(data, traced):
     distil(data, {"ce": CE()}, teacher=False, compile=True)
     distil(data, {"ce": CE(), "fitnet": FitNet()}, compile=True)
     third = distil(data, {"ce": CE(), "at": AT(["stage1", "stage3"])}, compile=True)
-    assert third.student.keep(["stage3"])(data.val[[0], [0]].images).features.keys() == {"stage3"}  # the network itself
+    assert third.student.keep(["stage3"])(data.val[[0], 0].images).features.keys() == {"stage3"}  # the network itself
     assert len(traced) == 3
 
 
@@ -335,7 +335,7 @@ def test_calibration_is_of_probabilities(data):
     )
     logged = {}
     labels = torch.arange(5).repeat(4)
-    batch = data.val[torch.arange(20), torch.zeros(20, dtype=torch.int64)]._replace(labels=labels)
+    batch = data.val[torch.arange(20), 0]._replace(labels=labels)
     module.student.net.linear.weight.data.zero_()
     module.student.net.linear.bias.data.zero_()
     module.validation_step(batch, 0)
