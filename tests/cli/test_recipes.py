@@ -181,4 +181,4 @@ def test_two_phases_train(train, tmp_path, capfd):
     short = ["student=resnet8_tiny", "trainer.max_epochs=2", "trainer.accelerator=cpu", "baseline=false"]
     phases = ["loss.ce.weight=[[0,0],[1,0],[1,1]]", "loss.ab.weight=[[0,0.003],[1,0.003],[1,0]]"]
     done = train("recipe=ab", *pair, *short, *phases, "stages=[teacher,distill]", cwd=tmp_path)
-    assert done == 0 and "under ce + ab for 2 epochs" in capfd.readouterr().out
+    assert done == 0 and "under 0→0→1 ce + 0.003→0.003→0 ab for 2 epochs" in capfd.readouterr().out
