@@ -57,7 +57,7 @@ def main(cfg):
         exporters, failures = build.steps(cfg.export), []
         nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
         if cfg.compress and job.compresses():
-            finetune = roles.finetuning(cfg, teacher, data, folder, exporters, job.identity())
+            finetune = roles.finetuning(cfg, teacher, data, folder, exporters, job.origin())
             steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
             small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
             nets["-".join(["student", *steps])] = small
@@ -66,7 +66,7 @@ def main(cfg):
         files = {name: [] for name in nets}
         if job.does("export") and cfg.export:
             say(f"export: {', '.join(cfg.export)}")
-            files, unwritten = export.export(nets, exporters, folder / "export", data, job.identity())
+            files, unwritten = export.export(nets, exporters, folder / "export", data, job.origin())
             failures += unwritten
         elif cfg.export and job.does("report"):
             files = export.reload(nets, build.reloaders(cfg.export), folder / "export")

@@ -48,7 +48,7 @@ def fast(cfg, data, teacher, views: int) -> tuple[nn.Module, list[float]]:
     """The student and its validation accuracy after each epoch, by our fit."""
     cfg.cache.views, cfg.select = views, "last"
     student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-    losses = {name: types.plain(cfg.loss[name]) for name in ("ce", "kd")}
+    losses = {name: types.plain_values(cfg.loss[name]) for name in ("ce", "kd")}
     with tempfile.TemporaryDirectory() as folder:
         fit.fit(student, teacher, losses, data, roles.recipe(cfg), Path(folder), roles.answers(cfg))
         scores = curves(folder)["val/accuracy"].tolist()

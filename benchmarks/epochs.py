@@ -52,7 +52,7 @@ def ours(cfg: DictConfig, data: Data, teacher: Frozen | None, losses: tuple[str,
     cfg.cache.update(cache)
     network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
     recipe, answers = roles.recipe(cfg).changed(epochs=1), roles.answers(cfg)
-    chosen = {name: types.plain(cfg.loss[name]) for name in losses}
+    chosen = {name: types.plain_values(cfg.loss[name]) for name in losses}
 
     def epoch() -> float:
         watch = Stopwatch()

@@ -75,7 +75,7 @@ def measure(job: dict) -> dict:
     with redirect_stdout(StringIO()):
         cfg = compose(*words, *job["words"], f"seed={seed}", "select=last")
         data = build.data(cfg.data)
-        losses = types.plain(cfg.loss)
+        losses = types.plain_values(cfg.loss)
         teacher = roles.teacher(compose(*words, "seed=0"), data) if set(losses) - {"ce"} else None
         student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
         with tempfile.TemporaryDirectory() as folder:

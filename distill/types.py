@@ -110,6 +110,6 @@ class Outputs(NamedTuple):
         return Outputs(self.logits.detach(), {name: value.detach() for name, value in self.features.items()})
 
 
-def plain(cfg):
+def plain_values(cfg):
     """A copy of a part of the configuration in plain Python, interpolations resolved; other values just copied."""
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(cfg)

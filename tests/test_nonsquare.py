@@ -224,7 +224,7 @@ def test_stages_and_stems_of_networks_that_are_not_described():
     network = Network(net, infer_taps(net, (48, 96)), [0.5] * 3, [0.5] * 3, (48, 96)).eval()
     assert [*network.taps] == ["stage1", "stage2", "stage3", "stage4", "pooled"]
     shapes = [
-        tuple(value.shape[2:]) for value in network.keep(network.taps)(torch.rand(1, 3, 48, 96)).features.values()
+        tuple(value.shape[2:]) for value in network.record(network.taps)(torch.rand(1, 3, 48, 96)).features.values()
     ]
     assert shapes == [(48, 96), (24, 48), (12, 24), (6, 12), ()]
     assert torchvision_models.classifier("resnet18", 5, (96, 128)).conv1.kernel_size == (7, 7)
@@ -235,7 +235,9 @@ def test_stages_and_stems_of_networks_that_are_not_described():
 def test_tokens_are_the_map_that_the_image_is_cut_into():
     pytest.importorskip("timm")
     net = timm_models.classifier("vit_tiny_patch16_224", 5, (64, 96))
-    network = Network(net, infer_taps(net, (64, 96)), [0.5] * 3, [0.5] * 3, (64, 96)).eval().keep(["stage4", "pooled"])
+    network = (
+        Network(net, infer_taps(net, (64, 96)), [0.5] * 3, [0.5] * 3, (64, 96)).eval().record(["stage4", "pooled"])
+    )
     tokens = {}
     net.blocks[-1].register_forward_hook(lambda module, inputs, output: tokens.update(last=output))
     maps = network(torch.rand(2, 3, 64, 96)).features["stage4"]
@@ -252,7 +254,7 @@ def test_tokens_that_are_no_such_map_are_refused():
         def forward(self, images):
             return self.head(self.rows(images.mean(1)).mean(1))
 
-    network = Network(Tokens(), {"stage1": "rows"}, [0.5] * 3, [0.5] * 3, SIZE).keep(["stage1"])
+    network = Network(Tokens(), {"stage1": "rows"}, [0.5] * 3, [0.5] * 3, SIZE).record(["stage1"])
     with pytest.raises(
         UserError, match="'stage1' answers with 16 tokens, in which no grid of the shape of images of 16 × 24"
     ):

@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 
 from distill.data.base import Data
 from distill.progress import leads, say
-from distill.types import in_px, plain
+from distill.types import in_px, plain_values
 
 LOADING = ("batch_size", "num_workers")  # options of conf/data that are the loaders', not the image set's
 
 
 def data(cfg: DictConfig) -> Data:
     """The image set that a conf/data file describes, and how its images are loaded."""
-    described = plain(cfg)
+    described = plain_values(cfg)
     loading = {key: described[key] for key in LOADING if key in described}
     for key in loading:
         if not _takes(cfg._target_, key):  # a function of the user's may
@@ -43,7 +43,7 @@ def steps(cfg: DictConfig) -> dict[str, Callable]:
 
 def tolerance(cfg: DictConfig) -> dict:
     """What the files' answers may differ by. With compress=auto the budget says how much accuracy they may lose."""
-    bounds = plain(cfg.tolerance)
+    bounds = plain_values(cfg.tolerance)
     if "auto" in cfg.compress:
         bounds["compressed"]["accuracy_drop"] = cfg.compress.auto.accuracy_drop
     return bounds
@@ -57,7 +57,7 @@ def reloaders(cfg: DictConfig) -> dict[str, Callable]:
 @contextmanager
 def loggers(cfg: DictConfig, folder: Path) -> Iterator[list]:
     """The loggers besides the CSV files, of the process that leads; closed at the end."""
-    recorded, opened = plain(cfg), []
+    recorded, opened = plain_values(cfg), []
     try:
         for options in cfg.logger.values() if leads() else ():
             opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=recorded))

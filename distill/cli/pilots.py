@@ -57,7 +57,7 @@ def candidates(cfg: DictConfig, own: list[str]) -> list[Candidate]:
     """
     given = {word.lstrip("+~").partition("=")[0] for word in own}
     found = []
-    for described in types.plain(cfg.recipe.candidates):
+    for described in types.plain_values(cfg.recipe.candidates):
         keys = {word.lstrip("+").partition("=")[0] for word in described["words"]}
         if described["words"] != ALONE and any(_meets(key, each) for key in keys for each in given):
             continue
@@ -186,7 +186,7 @@ class Search:
             recipe = recipe.changed(
                 epochs=epochs, early_stopping=None, compile=False, schedule={**schedule, "schedule": recipe.schedule}
             )
-            losses = {name: squeezed(options, squeeze) for name, options in types.plain(cfg.loss).items()}
+            losses = {name: squeezed(options, squeeze) for name, options in types.plain_values(cfg.loss).items()}
             network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
             answers = None if candidate.alone else roles.answers(cfg)
             teacher = None if candidate.alone else self.teacher

@@ -30,7 +30,7 @@ from distill.teachers.ema import Ema
 from distill.teachers.frozen import Frozen
 from distill.teachers.peer import Peer
 from distill.training.answers import Answers, fill, made_of
-from distill.training.connect import keep
+from distill.training.connect import record
 from distill.training.finetune import finetuner
 from distill.training.fit import copied, fit
 from distill.training.precision import teaching
@@ -62,7 +62,7 @@ class Fitting:
     def decides(self, cfg: DictConfig, data: Data) -> dict:
         """All that its weights depend on."""
         return {
-            "network": made_of(types.plain(self.described)),
+            "network": made_of(types.plain_values(self.described)),
             "weights": content_hash(self.network),
             "images": data.fingerprint,
             "data": _images(cfg),
@@ -200,7 +200,7 @@ def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, logger
     """The student taught by the teacher under the losses of `cfg`, and its best and last epoch (see `fit`)."""
     network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
     start = "from weights" if any(cfg.student.get(key) for key in STARTING_POINT) else "from scratch"
-    terms = " + ".join(f"{_short(options['weight'])} {name}" for name, options in types.plain(cfg.loss).items())
+    terms = " + ".join(f"{_short(options['weight'])} {name}" for name, options in types.plain_values(cfg.loss).items())
     say(f"distill: {type(network.net).__name__} {start} under {terms} for {cfg.trainer.max_epochs} epochs")
     return network, fit(network, taught_by, cfg.loss, data, recipe(cfg), folder, answers(cfg), loggers)
 
@@ -216,29 +216,31 @@ def fill_cache(cfg: DictConfig, teacher: Teacher, data: Data) -> None:
 
 
 def finetuning(
-    cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path, exporters: Mapping[str, Callable], identity=None
+    cfg: DictConfig, teacher: Teacher | None, data: Data, folder: Path, exporters: Mapping[str, Callable], origin=None
 ) -> Callable:
     """`finetuner` of a run's configuration."""
-    configured = {key: types.plain(cfg[key]) for key in ("compress", "export", "teacher")} | {"data": _images(cfg)}
-    return finetuner(recipe(cfg), cfg.loss, teacher, data, folder, exporters, configured, answers(cfg), identity)
+    configured = {key: types.plain_values(cfg[key]) for key in ("compress", "export", "teacher")} | {
+        "data": _images(cfg)
+    }
+    return finetuner(recipe(cfg), cfg.loss, teacher, data, folder, exporters, configured, answers(cfg), origin)
 
 
 def recipe(cfg: DictConfig) -> Recipe:
     """How the student is trained."""
-    trainer = types.plain(cfg.trainer)
+    trainer = types.plain_values(cfg.trainer)
     epochs, same = trainer.pop("max_epochs"), ("seed", "select", "ema", "early_stopping", "compile", "checkpoint_every")
-    described = {key: types.plain(cfg[key]) for key in ("optimizer", "schedule", "parameters", *same)}
+    described = {key: types.plain_values(cfg[key]) for key in ("optimizer", "schedule", "parameters", *same)}
     return Recipe(epochs, trainer=trainer, **described)
 
 
 def answers(cfg: DictConfig) -> Answers:
     """How the teacher's answers are kept."""
-    return Answers(types.plain(cfg.cache), types.plain(cfg.teacher))
+    return Answers(types.plain_values(cfg.cache), types.plain_values(cfg.teacher))
 
 
 def _images(cfg: DictConfig) -> dict:
     """What configuration says of the images, for a key: without what changes no bit, [N, N] being N."""
-    images = {key: value for key, value in types.plain(cfg.data).items() if key != "num_workers"}
+    images = {key: value for key, value in types.plain_values(cfg.data).items() if key != "num_workers"}
     if isinstance(images.get("image_size"), list):
         images["image_size"] = types.checked_size(images["image_size"])
     return images
@@ -256,7 +258,7 @@ def _fit_once(cfg: DictConfig, one: Fitting, data: Data) -> Network:
         return fit(network, None, one.losses, data, one.recipe, folder)[one.recipe.select]
 
     once(network.net, one.place(cfg), one.decides(cfg, data), train, load_weights, f"{name}: fitted")
-    return network.keep(()).eval()
+    return network.record(()).eval()
 
 
 def _pretrained(cfg: DictConfig) -> bool:
@@ -265,7 +267,7 @@ def _pretrained(cfg: DictConfig) -> bool:
 
 def ce(cfg: DictConfig) -> dict:
     """The cross-entropy of the run, with its label smoothing, at full weight."""
-    return {**types.plain(cfg.loss).get("ce", CROSS_ENTROPY), "weight": 1.0}
+    return {**types.plain_values(cfg.loss).get("ce", CROSS_ENTROPY), "weight": 1.0}
 
 
 def _check_taps(cfg: DictConfig, network: Network) -> None:
@@ -274,9 +276,9 @@ def _check_taps(cfg: DictConfig, network: Network) -> None:
     if not {"cache", "distill"} & set(cfg.stages):
         return
     terms = build_losses(cfg.loss)[0]
-    keep(network, "teacher", terms)
+    record(network, "teacher", terms)
     features = [tap for loss in terms.values() for tap in loss.teacher_taps if tap not in network.tensors()]
-    network.keep(())
+    network.record(())
     if features and cfg.cache.keep == "logits":
         raise UsageError(f"cache=logits: {reads(features)}; cache=off asks the teacher every time")
     if features and cfg.teacher.precision == "int8":

@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from distill.errors import UsageError
 from distill.losses.base import Loss
 from distill.losses.weight import check_weight
-from distill.types import plain
+from distill.types import plain_values
 
 
 def build_losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]]:
@@ -15,7 +15,7 @@ def build_losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]
     if not cfg:
         raise UsageError("loss=[]: give at least one loss, e.g. 'loss=[ce,kd]'")
     terms, weights = {}, {}
-    for name, options in plain(cfg).items():
+    for name, options in plain_values(cfg).items():
         weights[name] = options.pop("weight")
         check_weight(name, weights[name])
         terms[name] = instantiate(options, _convert_="all")

@@ -12,7 +12,7 @@ from distill.networks.network import Network
 from distill.networks.taps import heads, infer_taps, out_of_place
 from distill.networks.weights import load_weights
 from distill.progress import say
-from distill.types import ImageSize, plain, sides
+from distill.types import ImageSize, plain_values, sides
 
 ROLE_KEYS = ("checkpoint", "fit", "precision", "untrained", "taps", "mean", "std")
 
@@ -26,7 +26,7 @@ def build_network(cfg: DictConfig, classes: int, image_size: ImageSize, seed: in
         seed: of the initial weights, which depend on nothing else.
         fresh_head: a checkpoint of another number of classes keeps all but its head; else that is an error.
     """
-    described = plain(cfg)
+    described = plain_values(cfg)
     arguments = {key: value for key, value in described.items() if key not in ROLE_KEYS}
     accepted = _parameters(cfg._target_)
     for key, value in {"num_classes": classes, "image_size": image_size}.items():

@@ -90,7 +90,7 @@ class Network(nn.Module):
         self._tensors: dict[str, str] = {}  # names of recorded parameters and buffers, and where they are
         self._hooks: list = []
 
-    def keep(self, names: Iterable[str]) -> "Network":
+    def record(self, names: Iterable[str]) -> "Network":
         """Record exactly these from now on.
 
         Raises:

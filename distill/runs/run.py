@@ -102,7 +102,7 @@ class Run:
         """The student, rebuilt from its file, which may name what this run's configuration names."""
         return rebuild(self.folder / file, trusted=trust.targets(OmegaConf.to_container(self.cfg.student)))
 
-    def identity(self) -> dict:
+    def origin(self) -> dict:
         """Which run a file comes from: goes into every artifact."""
         return {
             "run": self.folder.name,
@@ -120,7 +120,7 @@ class Run:
             commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]
         lines = (" ".join(["python train.py", *map(shlex.quote, words)]) for words in commands)
         context = {"command": " && ".join(lines), "student's epoch": chosen, "test images": len(data.test)}
-        return {**self.identity(), **context}
+        return {**self.origin(), **context}
 
     def write(self, **changes) -> None:
         self.record |= changes

@@ -10,7 +10,7 @@ from distill.types import Batch, Outputs
 class Teacher(nn.Module):
     """Answers to a batch: `forward(batch) -> Outputs`. What the losses see of it is detached."""
 
-    network: nn.Module  # whose taps the losses choose: `keep(names)`, `tensors()`, `images -> Outputs`
+    network: nn.Module  # whose taps the losses choose: `record(names)`, `tensors()`, `images -> Outputs`
     fixed: bool = True  # it answers the same at every time of a run
     learns: bool = False  # its parameters are trained along with the student's, by `loss`
 

@@ -35,8 +35,8 @@ class Committee(nn.Module):
             )
         self.register_buffer("weights", torch.tensor(weights) / sum(weights))
 
-    def keep(self, names: Iterable[str]) -> "Committee":
-        self.members[0].keep(names)
+    def record(self, names: Iterable[str]) -> "Committee":
+        self.members[0].record(names)
         return self
 
     @property

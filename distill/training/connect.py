@@ -26,9 +26,9 @@ def connect(
         UserError: a network that doesn't answer with one logit a class.
         UsageError: a loss that needs what these networks, or this run, don't have.
     """
-    keep(student, "student", terms)
+    record(student, "student", terms)
     if teacher is not None:
-        keep(teacher.network, "teacher", terms)
+        record(teacher.network, "teacher", terms)
     rows = torch.arange(2) % len(data.train)
     batch = data.train[rows, 0]
     student_outputs = _dry_run(student, batch, data)
@@ -66,22 +66,22 @@ def _survey(teacher: nn.Module, terms: Mapping[str, Loss], data: Data) -> None:
     for name, loss in terms.items():
         if loss.survey_taps:
             try:
-                teacher.network.keep(loss.survey_taps)
+                teacher.network.record(loss.survey_taps)
             except UserError as error:
                 raise UsageError(f"loss {name}, teacher: {error}") from error
             loss.survey(teacher.eval(), data)
     teacher.train()
-    keep(teacher.network, "teacher", terms)
+    record(teacher.network, "teacher", terms)
 
 
-def keep(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
+def record(network: Network, role: str, terms: Mapping[str, Loss]) -> None:
     """Record what the losses read of the student or teacher. Raises UsageError where it has no such thing."""
     for name, loss in terms.items():
         try:
-            network.keep(getattr(loss, f"{role}_taps"))
+            network.record(getattr(loss, f"{role}_taps"))
         except UserError as error:
             raise UsageError(f"loss {name}, {role}: {error}") from error
-    network.keep(tap for loss in terms.values() for tap in getattr(loss, f"{role}_taps"))
+    network.record(tap for loss in terms.values() for tap in getattr(loss, f"{role}_taps"))
 
 
 @torch.no_grad()

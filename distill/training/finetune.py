@@ -32,7 +32,7 @@ def finetuner(
     exporters: Mapping[str, Callable],
     configured: Mapping,
     answers: Answers | None = None,
-    identity: Mapping | None = None,
+    origin: Mapping | None = None,
 ) -> Callable:
     """The callable that compression steps train with.
 
@@ -56,7 +56,7 @@ def finetuner(
         folder: the run's.
         exporters: the run's, by name.
         configured: what configuration says of "compress", "export", "teacher" and "data".
-        identity: what the run writes into each file.
+        origin: what the run writes into each file.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # from here on this process is alone: it trains on all rows
@@ -94,7 +94,7 @@ def finetuner(
     file = "-".join(["student", *configured["compress"]])
 
     def ship(net: nn.Module, flow: str, folder: Path) -> list[Artifact]:
-        files, failures = export.export({file: {flow: net}}, exporters, folder, data, identity or {})
+        files, failures = export.export({file: {flow: net}}, exporters, folder, data, origin or {})
         if failures:
             raise UserError("; ".join(failures))
         return files[file]
@@ -117,7 +117,7 @@ def logit_losses(cfg: Mapping, taught: bool = True) -> dict:
     """The terms of a loss configuration that read no taps, which graph capture does not keep, and no teacher where
     there is none; without any, the cross-entropy."""
     terms, _ = build_losses(cfg)
-    plain = types.plain(cfg)
+    plain = types.plain_values(cfg)
     usable = {name: loss for name, loss in terms.items() if taught or not loss.needs_teacher}
     chosen = {name: plain[name] for name, loss in usable.items() if not (*loss.student_taps, *loss.teacher_taps)}
     if not chosen.keys() - {"ce"}:  # its weight was one beside a teacher

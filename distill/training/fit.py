@@ -23,7 +23,7 @@ from distill.training.lightning import trainer as make_trainer
 from distill.training.lines import Lines
 from distill.training.module import Distill
 from distill.training.recipe import Recipe
-from distill.training.resume import BEST, LAST, MONITOR, Keep, position, read
+from distill.training.resume import BEST, LAST, MONITOR, Checkpoints, position, read
 
 
 def fit(
@@ -51,8 +51,8 @@ def fit(
     terms, weights = build_losses(losses)
     seen = connect(network, teacher, terms, data, recipe.seed + 1)
     checkpoints = folder / "checkpoints"
-    keep = Keep(checkpoints, recipe.checkpoint_every)
-    callbacks = [keep, Lines(recipe.epochs), *callbacks]
+    checkpointed = Checkpoints(checkpoints, recipe.checkpoint_every)
+    callbacks = [checkpointed, Lines(recipe.epochs), *callbacks]
     if Lines.on_a_terminal():
         callbacks.append(TQDMProgressBar(leave=False))
     if recipe.early_stopping is not None:
@@ -90,11 +90,11 @@ def fit(
             f"{error.filename or folder}: {error.strerror or error}; what was written before is whole"
         ) from error
     chosen = {
-        "last": {**keep.last, "state": copied(module.shipped.net.state_dict())},
-        "best": {**keep.best, "state": read_state(checkpoints / BEST)},
+        "last": {**checkpointed.last, "state": copied(module.shipped.net.state_dict())},
+        "best": {**checkpointed.best, "state": read_state(checkpoints / BEST)},
     }
     network.net.load_state_dict(chosen[recipe.select]["state"])
-    network.keep(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in
+    network.record(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in
     return chosen
 
 

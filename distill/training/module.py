@@ -136,10 +136,10 @@ class Distill(pl.LightningModule):
         epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
         with torch.autocast(batch.images.device.type, enabled=False), _full_precision(student.logits.dtype):
             student, teacher = student.float(), teacher and teacher.float()
-            seen = teacher and teacher.detach()
+            fixed = teacher and teacher.detach()
             for loss in self.losses.values():
                 loss.epoch = epoch
-            terms = [loss(student, seen, batch) for loss in self.losses.values()]
+            terms = [loss(student, fixed, batch) for loss in self.losses.values()]
             weights = [weight_at(self.weights[name], epoch) for name in self.losses]
             if self.teacher is not None and self.teacher.learns:
                 terms.append(self.teacher.loss(student.detach(), teacher, batch))

@@ -43,14 +43,14 @@ def read(path: Path, map_location=None) -> dict:
 
 
 def position(checkpoint: dict) -> tuple[int, int]:
-    """(epochs finished, batches finished in the present one) at a checkpoint that `Keep` wrote."""
+    """(epochs finished, batches finished in the present one) at a checkpoint that `Checkpoints` wrote."""
     progress = checkpoint["loops"]["fit_loop"]
     batches = progress["epoch_loop.batch_progress"]
     done = 0 if batches["is_last_batch"] else batches["current"]["ready"]
     return progress["epoch_progress"]["current"]["processed"], done
 
 
-class Keep(Checkpoint):
+class Checkpoints(Checkpoint):
     """The newest state, at the end of every epoch and every so many optimizer steps inside one, and the weights of
     the epoch that validates best. Both files, and what is known of them, move with the run's folder."""
 

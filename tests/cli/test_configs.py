@@ -111,4 +111,4 @@ def test_a_network_of_the_users_own_serves_both_roles(tmp_path):
 )
 def test_labels_and_teacher_together_weigh_one(words, labels):
     cfg = composed(*words)
-    assert types.plain(cfg.loss)["ce"]["weight"] == labels
+    assert types.plain_values(cfg.loss)["ce"]["weight"] == labels

@@ -1046,7 +1046,7 @@ def test_simkd_ships_the_teachers_classifier_behind_a_projector(teacher_file, da
     assert torch.equal(student.net.linear.weight, teacher.net.linear.weight)
     images = torch.rand(2, 3, 16, 16)
     student.eval()
-    outputs = student.keep(["pool.project"])(images)
+    outputs = student.record(["pool.project"])(images)
     torch.testing.assert_close(outputs.logits, head(outputs.features["pool.project"].mean((2, 3))))
     torch.testing.assert_close(student.plain()(images), outputs.logits)
     # read back without the teacher's file

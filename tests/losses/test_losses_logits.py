@@ -459,8 +459,8 @@ def test_wkds_cka_cost_comes_from_the_teachers_maps_of_training_images(data):
     loss = made("wkd_logit", cost="cka", samples=3)
     teacher = Frozen(network(1, (8, 16, 32)))
     connect(network(0), teacher, {"wkd_logit": loss}, data, seed=0)
-    assert teacher.network.keep(()) and loss.teacher_taps == ()
-    teacher.network.keep(["last"])
+    assert teacher.network.record(()) and loss.teacher_taps == ()
+    teacher.network.record(["last"])
     features = []
     for label in range(5):
         rows = [row for row in range(len(data.train)) if data.train.labels[row] == label][:3]
@@ -792,7 +792,7 @@ def test_two_epochs_lower_the_loss_and_train_its_parts(name, data):
     loss.eval()
 
     def value(student) -> float:
-        student.keep(loss.student_taps).train()
+        student.record(loss.student_taps).train()
         teacher = module.teacher(batch) if taught else None
         with torch.no_grad():
             return loss(student(batch.images), teacher, batch).item()

@@ -584,7 +584,7 @@ def tiny_deit(seed: int = 0) -> Network:
 
 
 def test_a_deit_student_answers_with_its_class_head_in_training_and_the_mean_in_eval():
-    student = tiny_deit().keep(["dist_head", "heads", "stage1", "pooled", "encoder.ln", "dist_head:in"])
+    student = tiny_deit().record(["dist_head", "heads", "stage1", "pooled", "encoder.ln", "dist_head:in"])
     images = torch.rand(3, 3, 16, 16)
     training, answering = student.train()(images), student.eval()(images)
     torch.testing.assert_close(training.logits, training.features["heads"])

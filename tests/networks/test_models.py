@@ -68,7 +68,7 @@ def test_every_file_gives_logits_and_taps(file):
         network = build(file, size)
         taps = list(network.taps)
         assert taps[-1] == "pooled" and len(taps) == (4 if cifar else 5)
-        outputs = network.keep(taps)(torch.rand(1, 3, size, size))
+        outputs = network.record(taps)(torch.rand(1, 3, size, size))
         assert outputs.logits.shape == (1, 10) and outputs.logits.isfinite().all()
         assert list(outputs.features) == taps
         head = network.net.get_submodule(heads(network.net, size)[0])
@@ -159,7 +159,7 @@ def test_taps_see_tensors_that_no_activation_has_overwritten():
         (wrn(10, 1, 10), "conv1", "layer1.0.bn1"),
         (vgg(8, 10, 64), "blocks.0.0", "blocks.0.1"),
     ):
-        network = Network(net, {}, [0.5] * 3, [0.5] * 3).eval().keep([norm])
+        network = Network(net, {}, [0.5] * 3, [0.5] * 3).eval().record([norm])
         modules = dict(net.named_modules())
         expected = modules[norm](modules[conv](network.normalize(images)))
         assert expected.min() < 0
@@ -181,8 +181,8 @@ def test_inferred_taps_are_those_a_person_would_write():
         inferred = infer_taps(network.net, 64)
         assert [inferred[f"stage{n}"] for n in (1, 2, 3)] == [by_hand[f"stage{n}"] for n in (1, 2, 3)]
         images = torch.rand(1, 3, 64, 64)
-        last = network.keep(["stage4"])(images).features["stage4"]
-        assert torch.equal(network.keep([inferred["stage4"]])(images).features[inferred["stage4"]], last)
+        last = network.record(["stage4"])(images).features["stage4"]
+        assert torch.equal(network.record([inferred["stage4"]])(images).features[inferred["stage4"]], last)
 
 
 def test_inferred_taps_of_a_transformer_are_its_quarters_and_the_dry_run_leaves_no_trace():

@@ -146,7 +146,7 @@ def train_a_little(network: Network) -> None:
 
 @pytest.mark.parametrize("kind", OF_THEIR_OWN)
 def test_what_ships_answers_as_the_trained_network(kind, tmp_path):
-    network = wrapped(OF_THEIR_OWN[kind]()).keep(["stage1", "stage2"])
+    network = wrapped(OF_THEIR_OWN[kind]()).record(["stage1", "stage2"])
     train_a_little(network)
     plain = network.plain()  # right after a step with gradients, whose computed weights torch would refuse to copy
     network.eval()
@@ -171,7 +171,7 @@ def test_what_ships_answers_as_the_trained_network(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["spectral_norm", "hooks", "hooks of containers"])
 @pytest.mark.filterwarnings("ignore")
 def test_every_file_answers_as_the_network_with_hooks(kind, tmp_path):
-    network = wrapped(OF_THEIR_OWN[kind]()).keep(["stage1"])
+    network = wrapped(OF_THEIR_OWN[kind]()).record(["stage1"])
     train_a_little(network)
     images = torch.rand(2, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -190,11 +190,11 @@ def test_teachers_keep_the_hooks_of_their_own():
     networks = [wrapped(with_hooks()), wrapped(body(old_spectral_norm))]
     for network in networks:
         train_a_little(network)
-        network.keep(["stage1"]).eval()
+        network.record(["stage1"]).eval()
     with torch.no_grad():
         wanted = [network(images).logits for network in networks]
         for network, logits in zip(networks, wanted, strict=True):
-            network.keep(())
+            network.record(())
             torch.testing.assert_close(Frozen(network)(batch).logits, logits, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(Ema(network)(batch).logits, logits)
         mean = (wanted[0] + wanted[1]) / 2
@@ -312,7 +312,7 @@ class Answering(nn.Module):
 def test_the_logits_are_found_in_what_a_network_answers(kind):
     network = Network(Answering(kind), {"stage1": "body.second"}, [0.5] * 3, [0.25] * 3, image_size=SIZE)
     images = torch.rand(2, 3, SIZE, SIZE)
-    network.keep(["stage1", "head:weight"])
+    network.record(["stage1", "head:weight"])
     for mode in (True, False):
         outputs = network.train(mode)(images)
         assert isinstance(outputs.logits, torch.Tensor) and outputs.logits.shape == (2, CLASSES)
@@ -386,11 +386,11 @@ def test_a_head_is_where_the_logits_come_from():
     assert heads(nn.Sequential(body(), nn.BatchNorm1d(CLASSES), nn.Dropout()), SIZE) == ["0.head"]
     assert heads(body(old_weight_norm), SIZE) == heads(body(parametrizations.weight_norm), SIZE) == ["head"]
     assert heads(deit(CLASSES, SIZE, width=12, depth=1), SIZE) == ["heads", "dist_head"]
-    network = Network(HeadFirst(), {}, [0.5] * 3, [0.25] * 3, image_size=SIZE).keep(["head:weight"])
+    network = Network(HeadFirst(), {}, [0.5] * 3, [0.25] * 3, image_size=SIZE).record(["head:weight"])
     assert network.tensors()["head:weight"] is network.net.fc.weight
     assert heads(Matrix(), SIZE) == [] and "pooled" not in infer_taps(Matrix(), SIZE)
     network = Network(Matrix(), {}, [0.5] * 3, [0.25] * 3, image_size=SIZE)
-    assert "come from no layer" in error_of(network.keep, ["head:weight"])
+    assert "come from no layer" in error_of(network.record, ["head:weight"])
 
 
 STAGES = {  # by name: the size of images, and where the last stage is
@@ -428,7 +428,7 @@ def test_stages_cover_the_depth(library, name):
     taps = infer_taps(net, size)
     stages = [tap for tap in taps if tap.startswith("stage")]
     assert taps[stages[-1]] == last and len(stages) >= 2
-    network = Network(net, taps, [0.5] * 3, [0.25] * 3, image_size=size).eval().keep([*stages, "pooled"])
+    network = Network(net, taps, [0.5] * 3, [0.25] * 3, image_size=size).eval().record([*stages, "pooled"])
     order = []
     hooks = [
         net.get_submodule(taps[stage].partition(":")[0]).register_forward_hook(
@@ -465,9 +465,9 @@ def test_stages_that_end_early_are_refused_where_a_loss_wants_them():
     taps = infer_taps(Spread(), SIZE)
     assert taps == {"pooled": "head:in"}
     network = Network(Spread(), taps, [0.5] * 3, [0.25] * 3, image_size=SIZE, role="teacher")
-    text = error_of(network.keep, ["stage2"])
+    text = error_of(network.record, ["stage2"])
     assert "no stages were found that cover Spread" in text and "teacher.taps=" in text
-    assert network.keep(["pooled"])(torch.rand(2, 3, SIZE, SIZE)).features["pooled"].shape == (2, 20)
+    assert network.record(["pooled"])(torch.rand(2, 3, SIZE, SIZE)).features["pooled"].shape == (2, 20)
 
 
 # ---- weights that are shared, channels, batches of one

@@ -32,7 +32,7 @@ EXPORTERS = {"torchscript": torchscript, "executorch": executorch, "onnx": onnx,
 
 @pytest.fixture(scope="module")
 def tolerance():
-    return types.plain(composed().tolerance)
+    return types.plain_values(composed().tolerance)
 
 
 @pytest.fixture(scope="module")

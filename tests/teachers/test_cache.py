@@ -54,7 +54,7 @@ class Counted(Frozen):
 
 def teacher(classes=10, seed=0, taps=()) -> Counted:
     network = Network(Small(classes, seed), {"stage1": "conv"}, [0.5] * 3, [0.5] * 3)
-    return Counted(network.to(memory_format=torch.channels_last).keep(taps))
+    return Counted(network.to(memory_format=torch.channels_last).record(taps))
 
 
 @pytest.fixture(scope="module")

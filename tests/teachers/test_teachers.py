@@ -24,7 +24,7 @@ from distill.teachers.frozen import Frozen
 from distill.teachers.peer import Peer
 from distill.training.connect import connect
 from distill.training.module import Distill
-from distill.training.resume import LAST, Keep, position, read
+from distill.training.resume import LAST, Checkpoints, position, read
 from distill.types import Outputs
 
 
@@ -83,9 +83,9 @@ def test_where_no_loss_looks_inside_a_copy_without_batch_norms_answers(data):
     assert not torch.equal(answers[2], wanted) and torch.equal(answers[0], answers[2])
     copy = teacher.outside.quick
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in copy.modules())
-    net.keep(["head:weight"])  # not of an image
+    net.record(["head:weight"])  # not of an image
     assert torch.equal(teacher(batch).logits, answers[0]) and "head:weight" in teacher(batch).features
-    net.keep(["stage1"])
+    net.record(["stage1"])
     assert torch.equal(teacher(batch).logits, wanted) and "stage1" in teacher(batch).features
     teacher.double()
     assert next(copy.parameters()).dtype == torch.float64
@@ -120,7 +120,7 @@ def test_a_teacher_computes_in_its_own_precision_whatever_its_student_does(data,
     net, batch = network(1), some(data)
     with torch.autocast("cpu", torch.bfloat16, enabled=around):
         full, half = (Frozen(net, precision)(batch).logits for precision in ("32-true", "bf16-mixed"))
-        net.keep(["stage1"])
+        net.record(["stage1"])
         looked_into = Frozen(net)(batch)
     assert full.dtype == torch.float32 and half.dtype == torch.bfloat16
     assert looked_into.logits.dtype == looked_into.features["stage1"].dtype == torch.float32
@@ -135,7 +135,7 @@ def test_a_teacher_computes_in_its_own_precision_whatever_its_student_does(data,
 def test_an_ensemble_answers_with_the_weighted_mean_of_logits_and_the_features_of_the_first(data, weights):
     first, second = network(1, (8, 16, 32)), otherwise(2)
     teacher = Frozen(Committee([first, second], weights))
-    teacher.network.keep(["stage2"])
+    teacher.network.record(["stage2"])
     batch = some(data)
     answer = teacher(batch)
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_a_resume_in_mid_epoch_goes_on_exactly(data, kind, tmp_path):
     straight, first, second = (learning(kind, data) for _ in range(3))
     fit(straight, data, 3)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(first, data, 3, callbacks=[Keep(tmp_path, every=8), Kill()])
+        fit(first, data, 3, callbacks=[Checkpoints(tmp_path, every=8), Kill()])
     fit(second, data, 3, resume=tmp_path / LAST)
     torch.testing.assert_close(second.state_dict(), straight.state_dict(), rtol=0, atol=0)
     assert not torch.equal(first.teacher.network.net.linear.weight, second.teacher.network.net.linear.weight)

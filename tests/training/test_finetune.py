@@ -68,7 +68,7 @@ def unbalanced(net: nn.Module) -> nn.Module:
 def test_losses_on_features_are_left_out(job):
     cfg, _, _ = job
     assert list(logit_losses(cfg.loss)) == ["ce", "kd"]
-    assert logit_losses({"fitnet": types.plain(cfg.loss.fitnet)}) == {
+    assert logit_losses({"fitnet": types.plain_values(cfg.loss.fitnet)}) == {
         "ce": {"_target_": "distill.losses.ce.CE", "weight": 1.0}
     }
 

@@ -237,16 +237,16 @@ class Doubling(nn.Module):
 def test_taps_record_outputs_inputs_and_module_paths_and_pool_what_is_pooled():
     net = Network(Doubling().eval(), {"stage1": "body.0", "pooled": "body.1:in"}, [0.0] * 3, [1.0] * 3)
     images = torch.rand(2, 3, 4, 4)
-    features = net.keep(["stage1", "pooled", "body.3"])(images).features
+    features = net.record(["stage1", "pooled", "body.3"])(images).features
     maps = net.net.body[0](images)
     torch.testing.assert_close(features["stage1"], maps)
     torch.testing.assert_close(features["pooled"], maps.mean((2, 3)))
     assert features["body.3"].shape == (2, 5)
-    assert net.keep([])(images).features == {}
+    assert net.record([])(images).features == {}
 
 
 def test_the_plain_network_normalises_and_is_a_copy_without_hooks():
-    net = Network(Doubling(), {"stage1": "body.0"}, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]).keep(["stage1"])
+    net = Network(Doubling(), {"stage1": "body.0"}, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]).record(["stage1"])
     images = torch.rand(2, 3, 4, 4)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
     plain = net.plain()
@@ -286,7 +286,7 @@ def test_a_compiled_graph_is_not_reused_for_other_taps(data, traced):
     distil(data, {"ce": CE()}, teacher=False, compile=True)
     distil(data, {"ce": CE(), "fitnet": FitNet()}, compile=True)
     third = distil(data, {"ce": CE(), "at": AT(["stage1", "stage3"])}, compile=True)
-    assert third.student.keep(["stage3"])(data.val[[0], 0].images).features.keys() == {"stage3"}  # the network itself
+    assert third.student.record(["stage3"])(data.val[[0], 0].images).features.keys() == {"stage3"}  # the network itself
     assert len(traced) == 3
 
 
