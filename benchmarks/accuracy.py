@@ -65,7 +65,7 @@ def plain(cfg, data, teacher) -> tuple[nn.Module, list[float]]:
     optimizer = torch.optim.SGD(student.parameters(), cfg.optimizer.lr, **options)
     steps = cfg.trainer.max_epochs * len(loader)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    temperature, weight, scores = cfg.loss.kd.temperature, cfg.loss.kd.weight, []
+    temperature, scores = cfg.loss.kd.temperature, []
     torch.manual_seed(cfg.seed)
     for _ in range(cfg.trainer.max_epochs):
         for images, labels in loader:
@@ -73,7 +73,8 @@ def plain(cfg, data, teacher) -> tuple[nn.Module, list[float]]:
                 soft = F.softmax(taught_by(images) / temperature, 1)
             logits = student(images)
             divergence = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean")
-            loss = F.cross_entropy(logits, labels) + weight * temperature**2 * divergence
+            loss = cfg.loss.ce.weight * F.cross_entropy(logits, labels)
+            loss = loss + cfg.loss.kd.weight * temperature**2 * divergence
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -71,6 +71,7 @@ def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[],
         teacher.to(device)
     optimizer = torch.optim.SGD(network.parameters(), cfg.optimizer.lr, 0.9, weight_decay=5e-4, nesterov=True)
     temperature = cfg.loss.kd.temperature
+    labelled, taught = (cfg.loss.ce.weight, cfg.loss.kd.weight) if teacher else (1.0, 0.0)
     bf16 = precision(cfg.trainer.precision, cfg.trainer.accelerator, network) == "bf16-mixed"
     half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -86,10 +87,10 @@ def by_hand(cfg: DictConfig, data: Data, teacher: Frozen | None) -> Callable[[],
                 if teacher is not None:
                     with torch.no_grad():
                         soft = F.log_softmax(teacher.network(images).logits.float() / temperature, 1)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = labelled * F.cross_entropy(logits.float(), labels)
             if teacher is not None:
                 student = F.log_softmax(logits.float() / temperature, 1)
-                loss = loss + temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
+                loss = loss + taught * temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

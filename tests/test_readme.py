@@ -36,7 +36,7 @@ def test_a_loss_of_the_users_own_is_a_class_and_a_yaml(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "under ce + kd + mine" in done.stdout
+    assert "under 0.1 ce + 0.9 kd + 0.1 mine" in done.stdout
     [metrics] = tmp_path.glob("outputs/*/metrics/version_0/metrics.csv")
     assert "train/mine" in metrics.read_text()
 
@@ -49,7 +49,9 @@ def test_every_option_that_the_readme_names_exists(train, tmp_path, capfd):
             continue
         words = re.findall(r"'[^']*'|\S+", command)
         words = [
-            word.strip("'").replace("PATH", "nowhere").replace("FILE", "nowhere") for word in words if word != "-m"
+            word.strip("'").replace("seeds=", "seed=").replace("PATH", "nowhere").replace("FILE", "nowhere")
+            for word in words
+            if word != "-m"
         ]
         words = [word if not re.search(r"=\w+,\w", word) else word.partition(",")[0] for word in words]
         words = [
