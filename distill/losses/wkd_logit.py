@@ -151,7 +151,7 @@ class WKDLogit(LogitLoss):
             )
         split = replace(data.train, transform=data.val.transform, training=False)  # as they are in validation
         rows = torch.cat([(data.train.labels == label).nonzero()[:count, 0] for label in range(data.num_classes)])
-        batches = (split[part, torch.zeros_like(part)] for part in rows.split(data.batch_size))
+        batches = (split[part, 0] for part in rows.split(data.batch_size))
         tap = self.survey_taps[0]
         maps = torch.cat([as_map(teacher(batch).features[tap]).float() for batch in batches])  # (K·count, D, H, W)
         features = maps.flatten(2).transpose(1, 2).reshape(data.num_classes, -1, maps.shape[1])

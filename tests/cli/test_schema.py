@@ -25,6 +25,8 @@ LISTS = ("loss", "augment", "logger", "compress", "export")
 MUST = {
     "data=imagefolder": ["data.root=nowhere"],
     "data=webdataset": ["data.train=nowhere"],
+    **{f"recipe={file.stem}": ["data.root=nowhere"] for file in CONF.glob("recipe/*imagenet.yaml")},
+    "recipe=patient": ["data.root=nowhere"],
     **{
         f"{role}={name}": [f"{role}.{word}" for word in words]
         for role in ("teacher", "student")

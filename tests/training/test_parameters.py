@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
+from sets import fake
 from torch import fx, nn
 
-from distill.data.fake import fake
 from distill.errors import UserError
 from distill.losses.ce import CE
 from distill.losses.fitnet import FitNet
