@@ -375,3 +375,14 @@ def test_imagenet_weights_score_what_is_known(shared_data, name, file, statistic
     correct = (logits.argmax(1) == IMAGENETTE[labels]).sum().item()
     among_ten = (logits[:, IMAGENETTE].argmax(1) == labels).sum().item()
     assert (correct, among_ten) == pytest.approx((of_1000, of_10), abs=1)
+
+
+def test_a_squeezenet_can_answer_below_zero():
+    images = torch.rand(4, 3, 64, 64)
+    for relu_head, below in ((True, False), (False, True)):
+        torch.manual_seed(0)
+        net = torchvision_models.squeezenet("squeezenet1_1", 10, 64, relu_head=relu_head).eval()
+        with torch.no_grad():
+            logits = net(images)
+        assert logits.shape == (4, 10)
+        assert bool((logits < 0).any()) == below

@@ -185,3 +185,10 @@ def test_qat_without_a_run_is_refused(job):
         qat_int8(nn.Flatten(), data=data, freeze=2)
     with pytest.raises(UsageError, match="skip=auto"):
         qat_int8(nn.Flatten(), data=data, skip="auto")
+
+
+def test_labels_that_are_left_alone_weigh_one():
+    ce = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.1, "weight": 0.1}
+    kd = {"_target_": "distill.losses.kd.KD", "temperature": 4.0, "weight": 0.9}
+    assert logit_losses({"ce": ce, "kd": kd}, taught=False) == {"ce": {**ce, "weight": 1.0}}
+    assert logit_losses({"ce": ce, "kd": kd}) == {"ce": ce, "kd": kd}

@@ -1,8 +1,11 @@
 """Many short trainings, few longer ones: what a budget pays for, and who goes on."""
 
+from functools import partial
+
 import pytest
 
 from distill.training.halving import halve, plan
+from distill.training.schedules import cosine, multistep, squeezed
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,11 @@ def test_the_best_go_on_and_the_reference_with_them():
     assert asked == [*((each, 1) for each in range(7)), (2, 3), (1, 3)]  # 1: the better one of the references
     assert alive == [2, 1]
     assert halve(range(3), plan(3, 3, 3), lambda *_: 0.5, lambda each: each == 2) == [0, 1, 2]  # a tie keeps the order
+
+
+def test_a_pilot_goes_through_the_whole_schedule():
+    whole = partial(cosine, warmup=5)
+    pilot = partial(squeezed, schedule=whole, full=50)
+    assert [pilot(epoch, 10) for epoch in (0.5, 1, 5, 10)] == [whole(epoch, 50) for epoch in (2.5, 5, 25, 50)]
+    steps = partial(squeezed, schedule=partial(multistep, milestones=[150, 180]), full=240)
+    assert [steps(epoch, 24) for epoch in (14.9, 15, 18)] == pytest.approx([1, 0.1, 0.01])
