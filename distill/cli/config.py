@@ -16,17 +16,16 @@ from distill.errors import UsageError
 from distill.files import CONF, config_dirs
 from distill.losses.weight import check_weight
 from distill.progress import leads
-from distill.runs.records import continued, read_record
+from distill.runs.records import STARTING_POINT, continued, read_record
 from distill.schema.values import Problem, problems
 
-HALF, MOST = 0.5, 0.9  # of a weight of 1: the teacher's part
-LEAST = 0.1  # of it: the labels' part
+LEAST = 0.1  # of a weight of 1: the labels' part
 
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
-    OmegaConf.register_new_resolver("taught", taught, replace=True)
+    OmegaConf.register_new_resolver("by_start", by_start, replace=True)
     OmegaConf.register_new_resolver("rest_of", rest_of, replace=True)
     store = ConfigStore.instance()
     store.__deepcopy__ = lambda memo: (
@@ -39,10 +38,10 @@ def register(argv: list[str] | None = None) -> None:
             store.store(group=role, name=file.stem, node={"defaults": defaults})
 
 
-def taught(*weights) -> float:
-    """What the teacher's soft targets weigh: HALF where the student starts from `weights` (a file's, a library's), else
-    MOST of it. Compared in benchmarks/gain.json."""
-    return HALF if any(weights) else MOST
+def by_start(from_weights, from_scratch, *, _root_):
+    """What suits a student that starts from weights (a file's, a library's), or one from scratch."""
+    student = _root_.get("student") or {}
+    return from_weights if any(student.get(key) for key in STARTING_POINT) else from_scratch
 
 
 def rest_of(weight):

@@ -21,7 +21,7 @@ from distill.networks.network import Network
 from distill.networks.sources import describe, layers, own_sources
 from distill.networks.weights import content_hash, load_weights
 from distill.progress import say
-from distill.runs.student import STARTING_POINT
+from distill.runs.records import STARTING_POINT
 from distill.runtimes.measure import accuracy_on, agreement
 from distill.teachers.base import Teacher
 from distill.teachers.cache import check_top_k, reads

@@ -13,6 +13,8 @@ from distill.files import MOST, read_json, read_yaml
 from distill.runs import trust
 from distill.runs.moved import present, renamed
 
+STARTING_POINT = ("checkpoint", "weights", "pretrained")  # of a network: what its training began with
+
 
 def read_record(folder: Path) -> dict:
     """A run's run.json.

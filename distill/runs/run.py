@@ -24,8 +24,8 @@ from distill.networks.weights import save_weights
 from distill.progress import leads
 from distill.runs import trust
 from distill.runs.moved import renamed
-from distill.runs.records import continued, read_record
-from distill.runs.student import STARTING_POINT, STUDENT, STUDENT_LAST, read_description, rebuild, without
+from distill.runs.records import STARTING_POINT, continued, read_record
+from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
 FREE = (

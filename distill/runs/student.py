@@ -12,10 +12,10 @@ from distill.networks.network import Network
 from distill.networks.weights import load_weights, read_metadata
 from distill.runs import trust
 from distill.runs.moved import renamed
+from distill.runs.records import STARTING_POINT
 from distill.types import checked_size
 
 STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
-STARTING_POINT = ("checkpoint", "weights", "pretrained")  # what training began with is not needed any more
 
 
 def load_student(folder: str | Path, trust: bool = False) -> nn.Module:

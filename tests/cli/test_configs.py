@@ -112,3 +112,9 @@ def test_a_network_of_the_users_own_serves_both_roles(tmp_path):
 def test_labels_and_teacher_together_weigh_one(words, labels):
     cfg = composed(*words)
     assert types.plain_values(cfg.loss)["ce"]["weight"] == labels
+
+
+def test_soft_targets_suit_how_the_student_starts():
+    assert composed().loss.kd.temperature == 4
+    assert composed("student.checkpoint=x.pt").loss.kd.temperature == 1
+    assert composed("student.checkpoint=x.pt", "loss.kd.temperature=3").loss.kd.temperature == 3

@@ -29,7 +29,7 @@ def test_a_group_fits_eighty_columns_and_names_its_choices(group, monkeypatch):
 
 def test_an_option_says_what_it_may_be_and_does(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    assert "loss.kd.temperature=4.0   a number greater than 0\n" in help.page("loss") + "\n"
+    assert "loss.dkd.temperature=4.0   a number greater than 0\n" in help.page("loss") + "\n"
     assert "trainer.precision=auto   one of auto, 32-true" in help.page("trainer")
     assert "cache.top_k=null   null or a whole number of at least 1; keep only so many" in help.page("cache")
     assert "teacher.fit.epochs=null   null or a whole number" in help.page("teacher")
