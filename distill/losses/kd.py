@@ -3,7 +3,7 @@
     L = T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)),   batch mean
 
 T² keeps the gradient's size independent of T (their §2.1). Defaults: T = 4 and weight 0.9, or T = 1 and weight 0.5
-where the student starts from weights, the cross-entropy's weight being the rest of 1 (compared in benchmarks/gain.json).
+where the student starts from weights, the cross-entropy's weight being the rest of 1 (see benchmarks/gain.json).
 0.9, 0.1 and T = 4 are the published CIFAR-100 setting too (Tian et al., ICLR 2020).
 """
 

@@ -35,24 +35,28 @@ def plan(candidates: int, budget: int, full: int) -> Plan | None:
 def _rungs(count: int, epochs: int) -> Plan:
     rungs = [(count, epochs)]
     while count > ETA:
-        count, epochs = max(2, count // ETA), epochs * ETA
+        count, epochs = max(ETA, count // ETA), epochs * ETA
         rungs.append((count, epochs))
     return Plan(tuple(rungs))
 
 
 def halve(
-    candidates: Sequence[int], plan: Plan, score: Callable[[int, int], float], reference: Callable[[int], bool]
+    candidates: Sequence[int],
+    plan: Plan,
+    score: Callable[[int, int], float],
+    anchors: Sequence[Callable[[int], bool]],
 ) -> list[int]:
     """The candidates that reach the last rung, the best first.
 
     Args:
         score: (candidate, epochs) to what is to be large.
-        reference: whether a candidate is one of those that the others must beat: the best of them always goes on.
+        anchors: which candidates the others are compared with in the end: of each kind the best always goes on.
     """
     alive = list(candidates)
     for count, epochs in plan.rungs:
-        kept = alive[:count]
-        if not any(map(reference, kept)):
-            kept[-1:] = [next(each for each in alive if reference(each))]
-        alive = sorted(kept, key=lambda each: -score(each, epochs))  # of equals the one that stands first
+        kept = {next(each for each in alive if anchor(each)) for anchor in anchors}
+        for each in alive:
+            if len(kept) < count:
+                kept.add(each)
+        alive = sorted(sorted(kept), key=lambda each: -score(each, epochs))  # of equals the one that stands first
     return alive

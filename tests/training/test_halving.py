@@ -15,8 +15,8 @@ from distill.training.schedules import cosine, multistep, squeezed
         (12, 3, 10, ((3, 1),)),
         (12, 9, 30, ((3, 3),)),
         (12, 30, 100, ((3, 10),)),  # the last at least a tenth of the full training
-        (12, 60, 100, ((8, 4), (2, 12))),
-        (12, 60, 20, ((12, 1), (4, 3), (2, 9))),
+        (12, 60, 100, ((6, 4), (3, 12))),
+        (12, 60, 20, ((12, 1), (4, 3), (3, 9))),
         (2, 100, 100, ((2, 50),)),
     ],
 )
@@ -33,10 +33,15 @@ def test_the_best_go_on_and_the_reference_with_them():
         asked.append((candidate, epochs))
         return {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.8, 4: 0.3, 5: 0.2, 6: 0.4}[candidate]
 
-    alive = halve(range(7), plan(7, 13, 10), score, lambda each: each in (0, 1))
-    assert asked == [*((each, 1) for each in range(7)), (2, 3), (1, 3)]  # 1: the better one of the references
-    assert alive == [2, 1]
-    assert halve(range(3), plan(3, 3, 3), lambda *_: 0.5, lambda each: each == 2) == [0, 1, 2]  # a tie keeps the order
+    alone, usual = (lambda each: each in (0, 1)), (lambda each: each == 5)
+    alive = halve(range(7), plan(7, 16, 10), score, [alone, usual])
+    assert asked == [*((each, 1) for each in range(7)), (1, 3), (2, 3), (5, 3)]  # 1: the better one of its kind
+    assert alive == [2, 1, 5]
+    assert halve(range(3), plan(3, 3, 3), lambda *_: 0.5, [lambda each: each == 2]) == [
+        0,
+        1,
+        2,
+    ]  # a tie keeps the order
 
 
 def test_a_pilot_goes_through_the_whole_schedule():
