@@ -36,7 +36,7 @@ def main(cfg):
         teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
         baseline = cfg.baseline and not given and job.does("distill", "report")
         own = cfg, data  # the student's alone
-        if not given:
+        if not given and job.does("cache", "distill", "compress", "report"):
             cfg, own, data = pilots.settle(cfg, job.record["overrides"], teacher, data, folder)
         alone = roles.student_alone(*own) if baseline else None
 

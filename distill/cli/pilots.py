@@ -84,7 +84,8 @@ def planned(cfg: DictConfig, count: int, validation: int) -> Plan:
     """What the budget pays for.
 
     Raises:
-        UsageError: less than two trainings of one epoch, or validation images that could not tell them apart.
+        UsageError: less than two trainings of a tenth of the full one, or validation images that couldn't tell them
+            apart.
     """
     share, full = cfg.recipe.share, cfg.trainer.max_epochs
     found = plan(count, floor(share * full + 1e-9), full)
@@ -95,13 +96,11 @@ def planned(cfg: DictConfig, count: int, validation: int) -> Plan:
             f"candidates take {least}: recipe.share={ceil(100 * least / full) / 100:g} or more, or a longer training "
             "(trainer.max_epochs)"
         )
-    power = (verdict.SURE + 0.8416) ** 2 * DIFFER
-    needed = ceil(power / cfg.recipe.tell_apart**2)
+    needed = verdict.images_for(cfg.recipe.tell_apart, DIFFER)
     if validation < needed:
         raise UsageError(
-            f"recipe=auto chooses on validation images, and {validation} show differences of "
-            f"{100 * (power / validation) ** 0.5:.0f} points and more: {needed} are needed for "
-            f"{100 * cfg.recipe.tell_apart:.0f} (data.val_fraction, or recipe.tell_apart for a coarser choice)"
+            f"recipe=auto chooses on validation images; {validation} are too few: {needed} are needed for "
+            f"{100 * cfg.recipe.tell_apart:.0f} points (data.val_fraction, or recipe.tell_apart for a coarser choice)"
         )
     return found
 

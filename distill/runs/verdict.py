@@ -44,6 +44,12 @@ class Verdict:
         return f"no gain can be shown with {on}: {by} against the student alone{more}"
 
 
+def images_for(difference: float, differing: float) -> int:
+    """How many images show a `difference` of two models' accuracies, of which a share `differing` is answered rightly
+    by one of them alone, with POWER at LEVEL."""
+    return ceil((SURE + float(norm.ppf(POWER))) ** 2 * differing / difference**2)
+
+
 def on_images(first: Tensor, second: Tensor) -> Verdict:
     """Two models on the same images.
 
@@ -59,7 +65,7 @@ def on_images(first: Tensor, second: Tensor) -> Verdict:
     total, differing, difference = images + 2, won + lost + 1, won - lost
     centre = difference / total
     half = SURE * (differing - difference**2 / total) ** 0.5 / total
-    needed = ceil((SURE + norm.ppf(POWER)) ** 2 * max(won + lost, 1) / images / SMALL**2)
+    needed = images_for(SMALL, max(won + lost, 1) / images)
     return Verdict(
         gain=difference / images,
         low=max(-1.0, centre - half),

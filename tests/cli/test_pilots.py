@@ -78,6 +78,11 @@ def test_it_is_refused_before_any_training(train, tmp_path, capfd):
     assert "learns along" in capfd.readouterr().err
 
 
+def test_the_teacher_alone_needs_no_pilots(train, tmp_path):
+    assert train(*WORDS, "stages=[teacher]", "name=fitted", cwd=tmp_path) == 0
+    assert not (tmp_path / "outputs/fitted/pilots.json").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_end(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *WORDS]
