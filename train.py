@@ -24,6 +24,7 @@ def main(cfg):
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
         data = build.data(cfg.data)
+        job.check_images(data)
 
         pilots.check(cfg, job.record["overrides"], data)
         if job.does("check"):
@@ -42,7 +43,7 @@ def main(cfg):
 
         if job.does("cache"):
             roles.fill_cache(cfg, teacher, data)
-        if job.does("distill") and job.distilled():
+        if job.does("distill") and job.distilled(whole=True):
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):
             student, epochs = roles.distil(cfg, teacher, data, folder, loggers)

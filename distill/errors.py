@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """The command line or the configuration is wrong; exit code 2."""
+
+
+class DamagedError(UserError):
+    """A file of ours isn't what was written: a checksum differs, or it is cut short; exit code 1."""

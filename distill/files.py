@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from distill.errors import UsageError, UserError
+from distill.errors import DamagedError, UsageError, UserError
 
 PACKAGE = Path(__file__).parent
 CONF = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf")  # this package's configuration
@@ -42,6 +42,38 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+CHECKSUM = "checksum"  # in a file of ours: of all the rest that it says
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` with its checksum, whole or not at all; `read_json` compares it."""
+    with atomic(path) as temporary:
+        temporary.write_text(sealed(content), encoding="utf-8")
+
+
+def sealed(content: dict) -> str:
+    """`content` as JSON with its checksum."""
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_yaml(path: Path, text: str) -> None:
+    """YAML under a comment with its checksum, whole or not at all; `read_yaml` compares it."""
+    with atomic(path) as temporary:
+        temporary.write_text(f"{_YAML_HEAD}{_text_checksum(text)}\n{text}", encoding="utf-8")
+
+
+_YAML_HEAD = "# checksum of what follows: "  # above it: a file that is cut short keeps it
+
+
+def _text_checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def content_key(described) -> str:
     """16 hex digits for plain values: the name, or part of it, of what is made from them and from nothing else."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -53,26 +85,41 @@ def file_stamp(path: Path, name: str) -> bytes:
     return os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
 
 
-def read_json(path: Path, most: int = 50 * MOST) -> dict:
-    """The JSON object in a file.
+def read_json(path: Path, most: int = 50 * MOST, changed: bool = False) -> dict:
+    """The JSON object in a file, without its checksum.
 
     Args:
         most: bytes that are read; a longer file is none of ours.
+        changed: also one that was changed since it was written.
 
     Raises:
-        UserError: it is missing, too long, or no JSON object.
+        UserError: it is missing, too long, no JSON object, or (DamagedError) not what `write_json` wrote.
     """
-    return _object(path, most, json.loads, "JSON")
+    found = _object(path, most, json.loads, "JSON")
+    checksum = found.pop(CHECKSUM, None)  # files of earlier versions have none
+    if checksum is not None and checksum != _checksum(found) and not changed:
+        raise DamagedError(f"{path} is damaged, or was changed by hand (its checksum is another one)")
+    return found
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, changed: bool = False) -> dict:
     """The YAML mapping in a file: plain values only, without tags, anchors and aliases (a few aliases of aliases are
     gigabytes).
 
+    Args:
+        changed: also of one that was changed since it was written.
+
     Raises:
-        UserError: it is missing, too long, or no such mapping.
+        UserError: it is missing, too long, no such mapping, or (DamagedError) not what `write_yaml` wrote.
     """
-    return _object(path, MOST // 4, lambda text: yaml.load(text, Loader=_PlainLoader), "YAML")
+
+    def parse(text: str):
+        head, _, rest = text.partition("\n")
+        if head.startswith(_YAML_HEAD) and head[len(_YAML_HEAD) :] != _text_checksum(rest) and not changed:
+            raise ValueError("it was cut short or changed: its checksum is another one")
+        return yaml.load(text, Loader=_PlainLoader)
+
+    return _object(path, MOST // 4, parse, "YAML")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -91,14 +138,17 @@ def _object(path: Path, most: int, parse, kind: str) -> dict:
             text = file.read(most + 1)
         if len(text) > most:
             raise ValueError(f"it is longer than {most:,} characters")
+        if not text.strip():
+            raise ValueError("it is empty")
         found = parse(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is damaged, or not one of ours ({reason[:200]}): delete it or its folder") from None
+        raise DamagedError(f"{path} is damaged, or not one of ours ({reason[:200]})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged, or not one of ours ({kind} of a {type(found).__name__})")
+        what = "it is empty" if found is None else f"{kind} of a {type(found).__name__}"
+        raise DamagedError(f"{path} is damaged, or not one of ours ({what})")
     return found
 
 

@@ -67,6 +67,8 @@ class Run:
     compile: bool
     early_stopping: Count | None
     checkpoint_every: Count
+    restart: bool
+    force: bool
     trust: bool
     store: str
     augment: dict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from distill import types
 from distill.cli import build, roles
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.files import atomic, read_json
+from distill.files import read_json, write_json
 from distill.networks.build import build_network
 from distill.progress import leads, say
 from distill.runs import verdict
@@ -218,8 +217,7 @@ class Search:
 
     def write(self, **more) -> None:
         if leads():
-            with atomic(self.file) as temporary:
-                temporary.write_text(json.dumps({"pilots": self.found, **more}, indent=1, ensure_ascii=False), "utf-8")
+            write_json(self.file, {"pilots": self.found, **more})
 
     def table(self) -> list[str]:
         """What was tried and what it cost, the longest and best first."""

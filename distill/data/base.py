@@ -161,6 +161,7 @@ class Data:
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=signals.left_to_parent,
             pin_memory=torch.cuda.is_available() and not getattr(split.images, "is_cuda", False),
         )
 

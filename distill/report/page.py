@@ -1,6 +1,5 @@
 """report.json, report.md, report.png and the loggers' summary."""
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -62,8 +61,7 @@ def write(
         "environment": machine,
         "protocol": PROTOCOL,
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "report.json", f"{text}\n".encode())
+    write_file(folder / "report.json", sealed(content).encode())
     write_file(
         folder / "report.md",
         _markdown(rows, context, failures, machine, [*([verdict] if verdict else []), *found]).encode(),

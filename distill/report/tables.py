@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.files import read_json
+from distill.progress import say
 
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
 MISSING = "–"
@@ -61,7 +62,9 @@ def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
         time, known = str(report["environment"]["time"]), {field.name for field in fields(Row)}
         found = [Row(**{key: value for key, value in row.items() if key in known}) for row in report["rows"]]
         failures = [str(line) for line in report.get("failures", [])]
-    except (UserError, LookupError, TypeError, AttributeError):  # there is none, or it is of another kind
+    except (UserError, LookupError, TypeError, AttributeError) as error:
+        if (folder / "report.json").exists():
+            say(f"warning: the rows of an earlier report are left out: {error or type(error).__name__}")
         return rows, []
     new = {row.name for row in rows}
     kept = [

@@ -21,6 +21,7 @@ class Recipe:
         early_stopping: epochs without a better validation accuracy before training stops; None: never.
         compile: torch.compile of the step.
         checkpoint_every: optimizer steps between checkpoints in an epoch; changes no bit.
+        restart: train from the start where there are checkpoints and all are damaged; changes no bit.
         parameters: arguments of distill.training.parameters.grouped: weight decay of norms, rates of head and stages.
     """
 
@@ -34,6 +35,7 @@ class Recipe:
     early_stopping: int | None = None
     compile: bool = False
     checkpoint_every: int = 500
+    restart: bool = False
     parameters: Mapping = field(default_factory=dict)
 
     def changed(self, lr: float | None = None, trainer: Mapping | None = None, **others) -> "Recipe":
@@ -44,5 +46,5 @@ class Recipe:
     def decides(self) -> dict:
         """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped."""
         grouped = {name: value for name, value in self.parameters.items() if value != DEFAULTS[name]}
-        left_out = {"checkpoint_every", *([] if grouped else ["parameters"])}
+        left_out = {"checkpoint_every", "restart", *([] if grouped else ["parameters"])}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
