@@ -4,6 +4,7 @@ Lightning's rank_zero_only.rank is the same number, but importing it imports tor
 before that."""
 
 import os
+from collections.abc import Sequence
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks, in its order
 
@@ -16,3 +17,14 @@ def leads() -> bool:
 def say(line: str) -> None:
     if leads():
         print(line, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with signs that no terminal shows, or that move or hide what stands beside them, as their numbers."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def few(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(map(printable, names[:shown])) + rest or "none"

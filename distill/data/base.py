@@ -32,6 +32,7 @@ class Split(Dataset):
             an image (distill/data/augment.py), in training a Chain; None: the images as they are.
         training: report rows and views, and let the view decide the uniforms; otherwise index -1, view 0.
         seed: of the views.
+        source: files that images in memory were decoded from.
     """
 
     images: Tensor | Encoded | Packed
@@ -40,6 +41,7 @@ class Split(Dataset):
     transform: Callable | None = None
     training: bool = False
     seed: int = 0
+    source: Encoded | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -220,7 +222,10 @@ def from_encoded(
         pixels = read_small(images.select(torch.cat(list(rows.values()))), image_size, store)
         if pixels is not None:
             pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
-            return from_arrays(classes, *pairs, augment)
+            data = from_arrays(classes, *pairs, augment)
+            for split, part in rows.items():
+                getattr(data, split).source = images.select(part)
+            return data
 
     if pack_size is None:  # else all are decoded now
         check(images, torch.cat([rows["val"], rows["test"]]), store)

@@ -59,6 +59,10 @@ class Encoded:
         """These rows alone, in this order."""
         raise NotImplementedError
 
+    def entries(self) -> tuple[list[str], list[int]]:
+        """Every image's name, which no other has, and its bytes."""
+        raise NotImplementedError
+
     def listing(self) -> bytes:
         """Every image's name and bytes, and when its file was changed: other images have another listing, without
         reading them all. The folder is not in it: what is moved with its times stays the same."""
@@ -79,6 +83,9 @@ class Files(Encoded):
 
     def select(self, rows: Tensor) -> "Files":
         return Files(self.root, self.names[rows.numpy()], self.largest)
+
+    def entries(self) -> tuple[list[str], list[int]]:
+        return self.names.tolist(), [os.stat(self.root / name).st_size for name in self.names]
 
     def listing(self) -> bytes:
         return DECODED + b"".join(file_stamp(self.root / name, name) for name in self.names)

@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import Files
 from distill.errors import UserError
-from distill.progress import say
+from distill.progress import few, say
 from distill.schema.ranges import Inside, Seed, Sides
 from distill.types import checked_size, sides
 
@@ -90,7 +90,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if not any(found.values()):
         sets = [path.name for path in inside if any(_is_split(each, "train") for each in _folders(path))]
         if sets:
-            raise UserError(f"{root} holds data sets ({_few(sets)} have training images): set data.root to one of them")
+            raise UserError(f"{root} holds data sets ({few(sets)} have training images): set data.root to one of them")
         return {"train": root}
     if not found["train"]:
         raise UserError(f"{root} has {', '.join(p.name for ps in found.values() for p in ps)} but no folder 'train'")
@@ -101,7 +101,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     chosen = {split: folders[0] for split, folders in found.items() if folders}
     left = [path.name for path in inside if path not in chosen.values()]
     if left:
-        say(f"  {root}: {_few(left)} beside {', '.join(path.name for path in chosen.values())} are left out")
+        say(f"  {root}: {few(left)} beside {', '.join(path.name for path in chosen.values())} are left out")
     return chosen
 
 
@@ -128,7 +128,7 @@ def _class_files(folder: Path, root: Path) -> dict[str, list[str]]:
         raise UserError(f"{folder} has {len(found)} class folders, at least 2 are needed: FOLDER/CLASS/IMAGE.jpg")
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise UserError(f"no images in {len(empty)} class folders of {folder}: {_few(empty)}; fill or remove them")
+        raise UserError(f"no images in {len(empty)} class folders of {folder}: {few(empty)}; fill or remove them")
     return found
 
 
@@ -173,7 +173,7 @@ def _same_classes(listed: dict[str, dict[str, list[str]]]) -> list[str]:
             absent = sorted(set(classes) - set(found))
             extra = sorted(set(found) - set(classes))
             raise UserError(
-                f"the classes of {split} and train differ: missing {_few(absent)}; extra {_few(extra)}; "
+                f"the classes of {split} and train differ: missing {few(absent)}; extra {few(extra)}; "
                 "every split needs the same class folders"
             )
     return classes
@@ -182,7 +182,3 @@ def _same_classes(listed: dict[str, dict[str, list[str]]]) -> list[str]:
 def _labels(found: dict[str, list[str]]) -> Tensor:
     counts = torch.tensor([len(files) for files in found.values()])
     return torch.arange(len(found)).repeat_interleave(counts)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

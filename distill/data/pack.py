@@ -46,6 +46,9 @@ class Packed:
     def __getitem__(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.pixels[self.rows[rows.numpy()]]))
 
+    def entries(self) -> tuple[list[str], list[int]]:
+        return self.source.entries()
+
     def listing(self) -> bytes:
         size = checked_size(self.pixels.shape[2:])
         return self.source.listing() + f"packed at {size}".encode()

@@ -116,6 +116,12 @@ class Shards(Encoded):
     def select(self, rows: Tensor) -> "Shards":
         return Shards(self.paths, {key: part[rows.numpy()] for key, part in self.index.items()}, self.largest)
 
+    def entries(self) -> tuple[list[str], list[int]]:
+        above = os.path.commonpath([path.parent for path in self.paths])
+        shards = [os.path.relpath(path, above) for path in self.paths]
+        names = [f"{shards[shard]}/{name}" for shard, name in zip(self.index["shards"], self.names, strict=True)]
+        return names, self.index["sizes"].tolist()
+
     def listing(self) -> bytes:
         places = zip(self.index["shards"].tolist(), self.names, self.index["sizes"], strict=True)
         images = os.fsencode("".join(f"{shard}/{name}\t{size}\n" for shard, name, size in places))
