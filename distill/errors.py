@@ -11,3 +11,7 @@ class UsageError(UserError):
 
 class DamagedError(UserError):
     """A file of ours isn't what was written: a checksum differs, or it is cut short; exit code 1."""
+
+
+class UntrustedError(UserError):
+    """What isn't the user's own names code that isn't this package's; exit code 1."""

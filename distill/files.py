@@ -98,7 +98,7 @@ def read_json(path: Path, most: int = 50 * MOST, changed: bool = False) -> dict:
     found = _object(path, most, json.loads, "JSON")
     checksum = found.pop(CHECKSUM, None)  # files of earlier versions have none
     if checksum is not None and checksum != _checksum(found) and not changed:
-        raise DamagedError(f"{path} is damaged, or was changed by hand (its checksum is another one)")
+        raise DamagedError(f"{path} is damaged, or not one of ours (its checksum differs: was it changed by hand?)")
     return found
 
 
@@ -116,7 +116,7 @@ def read_yaml(path: Path, changed: bool = False) -> dict:
     def parse(text: str):
         head, _, rest = text.partition("\n")
         if head.startswith(_YAML_HEAD) and head[len(_YAML_HEAD) :] != _text_checksum(rest) and not changed:
-            raise ValueError("it was cut short or changed: its checksum is another one")
+            raise ValueError("it was cut short or changed: its checksum differs")
         return yaml.load(text, Loader=_PlainLoader)
 
     return _object(path, MOST // 4, parse, "YAML")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from distill import signals
 from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip, chain
 from distill.data.batches import EpochBatches, ViewBatches
 from distill.data.draws import draws

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import struct
 import warnings
@@ -157,6 +158,7 @@ def save_weights(net: nn.Module, path: str | Path, metadata: Mapping[str, str]) 
         with atomic(path) as temporary:
             save_file(state, temporary, {**metadata, CHECKSUM: _checksum(state, metadata)})
             _sort_metadata(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())  # the library's are the owner's alone
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from error
 
@@ -171,7 +173,9 @@ def serialised_bytes(net: nn.Module) -> int:
 
 
 def _checksum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    return hashlib.sha256(f"{json.dumps(dict(metadata), sort_keys=True)}{tensors_hash(state.items())}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{json.dumps(dict(metadata), sort_keys=True)}{tensors_hash(state.items())}".encode()
+    ).hexdigest()
 
 
 def _checked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,6 +186,12 @@ def _checked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if checksum is not None and checksum != _checksum(state, metadata):
         raise DamagedError(f"{path} is damaged: it is not what was written (its checksum): copy it again")
     return state
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sort_metadata(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from distill.files import sealed
 from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot

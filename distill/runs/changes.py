@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -45,21 +45,42 @@ SAME_BITS = (  # told, and taken
     "trainer.profiler",
     "trainer.default_root_dir",
 )
-PATHS = ("root", "store", "folder", "checkpoint", "train", "val", "test")  # the last word of an option that names a file or folder
+PATHS = (
+    "root",
+    "store",
+    "folder",
+    "checkpoint",
+    "train",
+    "val",
+    "test",
+)  # the last word of an option that names a file or folder
 SHOWN = 6
 
 
-def absolute(cfg: DictConfig) -> None:
-    """Paths made absolute, in place, so that the run goes on from any working directory."""
+def absolute(cfg: DictConfig) -> DictConfig:
+    """A copy of `cfg` with absolute paths: a run's record, which then goes on from any working directory."""
+    return _with_paths(cfg.copy(), _absolute)
+
+
+def at_hand(cfg: DictConfig) -> DictConfig:
+    """A copy with paths as one would type them here: relative to the working directory where they lie below it."""
+    return _with_paths(cfg.copy(), _relative)
+
+
+def _with_paths(cfg: DictConfig, written: Callable[[str], str]) -> DictConfig:
     with open_dict(cfg):
         for key in list(cfg):
-            if OmegaConf.is_missing(cfg, key):
-                continue
-            value = cfg[key]
+            value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
             if isinstance(value, DictConfig):
-                absolute(value)
+                _with_paths(value, written)
             elif key in PATHS and isinstance(value, str) and value and "://" not in value:
-                cfg[key] = _absolute(value)
+                cfg[key] = written(value)
+    return cfg
+
+
+def _relative(path: str) -> str:
+    here = os.getcwd() + os.sep
+    return path.removeprefix(here) if os.path.isabs(path) else path
 
 
 def _absolute(path: str) -> str:
@@ -77,7 +98,6 @@ def refuse_changes(folder: Path, saved: dict, words: list[str], new: DictConfig,
         UsageError: something else differs, named key by key, and `force` is false.
     """
     known = compose("train", words)
-    absolute(known)
     known, saved, new = (
         dict(_leaves(renamed(each)))
         for each in (OmegaConf.to_container(known, resolve=True), saved, OmegaConf.to_container(new, resolve=True))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra import compose
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import DamagedError
 from distill.files import MOST, read_json, read_yaml
@@ -58,16 +60,27 @@ def _added(recorded: list[str], words: list[str]) -> list[str]:
     return [*(word for word in recorded if re.split("[.=]", word)[0] not in again), *words]
 
 
-def continued(
-    folder: Path, recorded: list[str], words: list[str], trusts: bool, changed: bool
-) -> tuple[DictConfig, list[str]]:
-    """The configuration of a run's recorded words with those of the present command line, and these words; `changed`:
-    also where config.yaml was changed since it was written.
+def continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> tuple[DictConfig, list[str]]:
+    """The configuration of a run's recorded words with those of the present command line, and these words.
+
+    Args:
+        trusts: it may name what isn't this package's.
+        changed: also where its records were changed since they were written.
 
     Raises:
-        UserError: it names what isn't this package's, and `trusts` is false; nothing of that has been opened. Or a
-            record is damaged.
+        UntrustedError: it names such, and `trusts` is false; nothing of that has been opened.
+        DamagedError: a record isn't what was written.
     """
+    try:
+        return _continued(folder, words, trusts, changed)
+    except DamagedError:
+        with suppress(DamagedError, HydraException, OmegaConfBaseException):
+            _continued(folder, words, trusts, True)  # whoever changed it, what it names is told first
+        raise
+
+
+def _continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> tuple[DictConfig, list[str]]:
+    recorded = read_record(folder, changed)["overrides"]
     given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
     said = {word.lstrip("+~").partition("=")[0] for word in words}
     words = _added(recorded, words)

@@ -23,7 +23,7 @@ from distill.networks.network import Network
 from distill.networks.weights import read_state, save_weights
 from distill.progress import leads, say
 from distill.runs import trust
-from distill.runs.changes import IMAGES, absolute, refuse_changes
+from distill.runs.changes import IMAGES, absolute, at_hand, refuse_changes
 from distill.runs.records import STARTING_POINT, continued, read_record, ways_on
 from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
 from distill.signals import Ended
@@ -140,7 +140,8 @@ class Run:
     def write(self, **changes) -> None:
         self.record |= changes
         if leads():
-            write_json(self.folder / "run.json", self.record)
+            with atomic(self.folder / "run.json") as temporary:
+                temporary.write_text(sealed(self.record), encoding="utf-8")
 
     def failed(self, error: BaseException) -> None:
         """Say in run.json that it ended by `error`; on a full disk, in the place that the file has already."""
@@ -151,7 +152,7 @@ class Run:
         except OSError:
             path = self.folder / "run.json"
             with contextlib.suppress(OSError, UserError):
-                record = sealed(read_json(path) | {"status": status})
+                record = json.dumps(read_json(path) | {"status": status}, indent=2)  # shorter without its checksum
                 if len(record.encode()) <= path.stat().st_size:
                     with open(path, "r+b") as file:
                         file.write(record.encode().ljust(path.stat().st_size))
@@ -174,7 +175,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with _alone_in(folder):
         before = _made(folder)
-        records = {name: (folder / name).read_bytes() for name in RECORDS if before and (folder / name).is_file()}
+        there = [folder / name for name in RECORDS if (folder / name).is_file()] if before or cfg.run else []
+        records = {file.name: file.read_bytes() for file in there}
         run = _opened(folder, cfg, begun=bool(before))
         run.write(status="running", seed=run.cfg.seed, stages=list(run.cfg.stages), error=None)
         try:
@@ -232,12 +234,12 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
         with ways_on(folder):
             raise DamagedError(f"{folder} holds what a run has made, and no run.json")
     if (folder / "run.json").is_file() and (begun or cfg.run is not None):
+        if cfg.run is not None:
+            cfg, words = continued(folder, words, once["trust"], changed)
+            cfg = at_hand(cfg)
         record = read_record(folder, changed)
         commands = record.get("commands", [record["overrides"]])
         again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
-        if cfg.run is not None:
-            cfg, words = continued(folder, record["overrides"], words, once["trust"], changed)
-        absolute(cfg)
         if begun:
             with ways_on(folder):
                 saved = read_yaml(folder / "config.yaml", changed)
@@ -245,12 +247,11 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
             record["forced"] = [*record.get("forced", []), *forced]
         record["overrides"] = words
         record["commands"] = commands if again else [*commands, command]
-    absolute(cfg)
     with open_dict(cfg):
         cfg.name, cfg.run = folder.name, None
         cfg.update(once)
     if leads():
-        write_yaml(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_yaml(folder / "config.yaml", OmegaConf.to_yaml(absolute(cfg), resolve=True))
     return Run(folder, cfg, record)
 
 

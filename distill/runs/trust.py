@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from distill.errors import UserError
+from distill.errors import UntrustedError
 from distill.files import CONF, config_dirs
 
 # which groups' files register what may stand in a part of the configuration; a part that is not here may name nothing
@@ -51,13 +51,13 @@ def check(described: Mapping, source: str | os.PathLike, trusted: Collection[str
         known = {*registered(role), *trusted}
         for target in targets(part):
             if target not in known and not _library(role, target):
-                raise UserError(
+                raise UntrustedError(
                     f"{source} names {target} as {role}, which is not one of this package's: it is not run. "
                     "If you trust the folder and what it names, add trust=true (in Python: trust=True)"
                 )
         expressions = [value for _, value in _leaves(part) if "${" in value]
         if expressions:  # what it would become is not known here
-            raise UserError(f"{source} holds an expression in {role}, {expressions[0][:80]}: trust=true allows it")
+            raise UntrustedError(f"{source} holds an expression in {role}, {expressions[0][:80]}: trust=true allows it")
         if role in ("teacher", "student"):
             foreign = [
                 f"{key}={value}"
@@ -65,7 +65,7 @@ def check(described: Mapping, source: str | os.PathLike, trusted: Collection[str
                 if {*key.split(".")} & OTHERS or value.startswith(REMOTE)
             ]
             if foreign:
-                raise UserError(f"{source} takes {role}.{foreign[0]} from elsewhere: trust=true allows it")
+                raise UntrustedError(f"{source} takes {role}.{foreign[0]} from elsewhere: trust=true allows it")
 
 
 def targets(node) -> Iterator[str]:

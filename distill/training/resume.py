@@ -125,8 +125,8 @@ def position(checkpoint: dict) -> tuple[int, int]:
 
 
 class Checkpoints(Checkpoint):
-    """The newest state, at the end of every epoch and every so many optimizer steps inside one, the weights of the epoch
-    that validates best, and the epochs' metrics. All are written by it, so that they agree whenever it is killed;
+    """The newest state, at the end of every epoch and every so many optimizer steps inside one, the weights of the
+    epoch that validates best, and the epochs' metrics. All are written by it, so that they agree whenever it is killed;
     the files, and what is known of them, move with the folder."""
 
     def __init__(self, folder: Path, every: int):
