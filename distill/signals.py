@@ -6,6 +6,7 @@ SIGTERM and SIGINT (Ctrl-C) ask once; a second SIGINT leaves at once. SIGUSR1 is
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,10 +32,21 @@ class _Asked:
     leaving = False
 
 
-def handle() -> None:
-    """From now on these signals raise Ended in the main thread, or wait for the end of a step where they are `held`."""
+@contextmanager
+def handled() -> Iterator[None]:
+    """In here these signals raise Ended in the main thread, or wait for the end of a step where they are `held`."""
+    if threading.current_thread() is not threading.main_thread():  # only that one can
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SAID}
     _Asked.process, _Asked.by, _Asked.held, _Asked.leaving = os.getpid(), None, False, False
     take_back()
+    try:
+        yield
+    finally:
+        _Asked.process = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def asked() -> int | None:

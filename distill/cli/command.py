@@ -27,6 +27,7 @@ from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
 from distill.progress import leads
 from distill.runs.moved import present
+from distill.runs.records import forced
 from distill.schema.values import nearest
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
@@ -68,13 +69,13 @@ def command(job):
             return
         if (asked := _asked_about(sys.argv[1:])) is not None:
             return _explain(asked)
-        signals.handle()
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
-            sys.argv[1:] = seeds.spread(sys.argv[1:])
-            _refuse_words(sys.argv[1:])
-            hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
+            with signals.handled():
+                sys.argv[1:] = forced(seeds.spread(sys.argv[1:]))
+                _refuse_words(sys.argv[1:])
+                hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
         except signals.Ended as end:  # before there was a run
             print(end, file=sys.stderr)
             sys.exit(end.code)

@@ -39,6 +39,21 @@ def read_record(folder: Path, changed: bool = False) -> dict:
     return record
 
 
+def read_config(folder: Path, changed: bool = False) -> dict:
+    """A run's config.yaml; `changed`: also one that was changed since it was written.
+
+    Raises:
+        DamagedError: it is not one that a run wrote.
+    """
+    file = folder / "config.yaml"
+    with ways_on(folder):
+        found = read_yaml(file, changed)
+        absent = [key for key in ("data", "teacher", "student", "loss") if not isinstance(found.get(key), dict)]
+        if absent:
+            raise DamagedError(f"{file} is damaged, or not one of ours (it says nothing of the {absent[0]})")
+    return found
+
+
 @contextmanager
 def ways_on(folder: Path) -> Iterator[None]:
     """What can be done where one of a run's records is damaged."""
@@ -79,8 +94,22 @@ def continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> tu
         raise
 
 
+def forced(words: list[str]) -> list[str]:
+    """The words of a command line that continues a run, so that Hydra takes them for what they are an option of: it
+    composes them without the run's. `unforced` takes that back, and then they must be options."""
+    continues = any(word.startswith("run=") for word in words)
+    return [f"++{word}" if continues and _OPTION.match(word) else word for word in words]
+
+
+_OPTION = re.compile(r"(?!hydra\.)\w+\.[\w.@]+=")
+
+
+def unforced(words: list[str]) -> list[str]:
+    return [word.removeprefix("++") for word in words]
+
+
 def _continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> tuple[DictConfig, list[str]]:
-    recorded = read_record(folder, changed)["overrides"]
+    recorded, words = read_record(folder, changed)["overrides"], unforced(words)
     given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
     said = {word.lstrip("+~").partition("=")[0] for word in words}
     words = _added(recorded, words)
@@ -89,8 +118,7 @@ def _continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> t
     if not trusts:
         trust.check(values, folder, given)
     if (folder / "config.yaml").is_file():
-        with ways_on(folder):
-            saved = renamed(read_yaml(folder / "config.yaml", changed))
+        saved = renamed(read_config(folder, changed))
         if not trusts:
             trust.check(saved, folder, given)  # before an expression in it becomes one
         before = OmegaConf.to_container(present(compose("train", recorded)), resolve=True)

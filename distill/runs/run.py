@@ -18,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from distill.data.base import Data
 from distill.data.fingerprint import difference, fingerprint
 from distill.errors import DamagedError, UsageError, UserError
-from distill.files import atomic, read_json, read_yaml, sealed, write_json, write_yaml
+from distill.files import atomic, read_json, sealed, write_json, write_yaml
 from distill.networks.network import Network
 from distill.networks.weights import read_state, save_weights
 from distill.progress import leads, say
 from distill.runs import trust
 from distill.runs.changes import IMAGES, absolute, at_hand, refuse_changes
-from distill.runs.records import STARTING_POINT, continued, read_record, ways_on
+from distill.runs.records import STARTING_POINT, continued, read_config, read_record, unforced, ways_on
 from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
 from distill.signals import Ended
 
@@ -220,6 +220,7 @@ def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
 def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
     hydra = HydraConfig.get()
     words = [word for word in hydra.overrides.task if word.partition("=")[0] not in ONCE]
+    words = words if cfg.run is None else unforced(words)
     command, once = words, {key: cfg[key] for key in ONCE}
     record = {
         "choices": {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")},
@@ -230,9 +231,10 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
         "created": _now(),
     }
     changed = once["force"] or once["trust"]  # records may be: they are taken as they are
-    if begun and not (folder / "run.json").is_file():
+    absent = [name for name in ("run.json", "config.yaml") if begun and not (folder / name).is_file()]
+    if absent:
         with ways_on(folder):
-            raise DamagedError(f"{folder} holds what a run has made, and no run.json")
+            raise DamagedError(f"{folder} holds what a run has made, and no {absent[0]}")
     if (folder / "run.json").is_file() and (begun or cfg.run is not None):
         if cfg.run is not None:
             cfg, words = continued(folder, words, once["trust"], changed)
@@ -241,8 +243,7 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
         commands = record.get("commands", [record["overrides"]])
         again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
         if begun:
-            with ways_on(folder):
-                saved = read_yaml(folder / "config.yaml", changed)
+            saved = read_config(folder, changed)
             forced = refuse_changes(folder, saved, record["overrides"], cfg, once["force"])
             record["forced"] = [*record.get("forced", []), *forced]
         record["overrides"] = words

@@ -15,7 +15,7 @@ from distill import signals
 from distill.errors import DamagedError, UserError
 from distill.files import atomic
 from distill.networks.weights import read_state, save_weights
-from distill.progress import say
+from distill.progress import leads, say
 
 MONITOR = "val/accuracy"
 NEW, LAST, BEFORE = "new.ckpt", "last.ckpt", "before.ckpt"  # the newest first; NEW only where a kill left it
@@ -141,7 +141,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer, module) -> None:
         self.step = trainer.global_step
-        self._write_table(trainer)
 
     def on_validation_end(self, trainer, module) -> None:
         self.last = {"epoch": trainer.current_epoch + 1, "accuracy": float(trainer.callback_metrics[MONITOR])}
@@ -166,7 +165,7 @@ class Checkpoints(Checkpoint):
             row = {name: value for name, value in row.items() if not name.startswith("val/")}
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step - 1, **row})
         self._save(trainer)
-        self._write_table(trainer)
+        self._write_table()
         if _asked(trainer):
             signals.end()
 
@@ -178,8 +177,8 @@ class Checkpoints(Checkpoint):
                 if path.name not in {f"best-{epoch}.safetensors" for epoch in self.kept}:
                     path.unlink(missing_ok=True)
 
-    def _write_table(self, trainer) -> None:
-        if not (self.rows and trainer.is_global_zero):
+    def _write_table(self) -> None:
+        if not (self.rows and leads()):
             return
         path = self.folder.parent / TABLE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +193,7 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state: dict) -> None:
         self.last, self.best, self.rows = state["last"], state["best"], state.get("rows", [])
+        self._write_table()
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         checkpoint["stopped"] = trainer.should_stop
