@@ -10,7 +10,7 @@ from distill.cli.command import command, importing
 def main(cfg):
     with importing():  # torch is imported from here on
         from distill import compress, export
-        from distill.cli import build, forecast, pilots, rehearsal, roles
+        from distill.cli import build, faults, forecast, pilots, rehearsal, roles
         from distill.compress.auto import exceeded
         from distill.errors import UserError
         from distill.export.deploy import write_readme
@@ -20,7 +20,11 @@ def main(cfg):
         from distill.runs import run, verdict
         from distill.runs.tables import curves
 
-    with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
+    with (
+        run.open_run(cfg) as job,
+        faults.told(job.cfg, job.folder),
+        build.loggers(job.cfg, job.folder) as loggers,
+    ):
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
         data = build.data(cfg.data)
@@ -87,12 +91,12 @@ def main(cfg):
             rows, earlier = tables.with_earlier(rows, folder)
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
+            say(tables.table(rows))  # first: the disk may be full
             page.write(rows, folder, job.context(data) | pilots.told(folder), failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
                 page.log(logger, rows, folder)
-            say(tables.table(rows))
             for line in [*([helped] if helped else []), *diagnosis.findings(figures)]:
                 say(line)
             for line in parity.remarks(rows):
