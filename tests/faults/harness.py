@@ -69,7 +69,7 @@ def at_write(pattern, happen):
 
 
 def full(pattern: str, room: int = 0) -> str:
-    """The disk is full, but for `room` bytes a file, as soon as a file whose name is like `pattern` is to be written."""
+    """The disk is full, but for `room` bytes a file, as soon as a file with a name like `pattern` is to be written."""
     return (
         f"at_write({pattern!r}, lambda when: when == 'before' and "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.getrlimit(resource.RLIMIT_FSIZE)[1])))\n"

@@ -59,18 +59,15 @@ def test_a_loader_that_hangs_is_not_waited_for_without_end(tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", ["cache", "report", "compress"])
+@pytest.mark.parametrize("stage", ["cache", "report"])
 def test_a_killed_loader_in_other_stages(tmp_path, stage):
-    words = [*QUICK, "baseline=false", "data.num_workers=1", "trainer.max_epochs=1", "compress=[static_int8]", "name=x"]
+    words = [*QUICK, "baseline=false", "data.num_workers=1", "trainer.max_epochs=1", "name=x"]
     stages = {
         "cache": (["stages=[teacher,cache]"], "split.training"),
-        "report": ([], "not split.training and os.path.exists('outputs/x/export/classes.txt')"),
-        "compress": (["stages=[teacher,distill,compress]"], "os.path.exists('outputs/x/student.safetensors')"),
+        "report": ([], "not split.training and os.path.exists('outputs/x/export/student.pt')"),
     }
     more, when = stages[stage]
     done = run(tmp_path, *words, *more, fault=WORKER.format(when=when, what=KILL, more=""))
-    if stage == "compress" and done.code == 0:
-        pytest.skip("calibration is read without processes")
     assert_one_line(done, "DataLoader worker", "python train.py run=")
 
 
