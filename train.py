@@ -19,6 +19,7 @@ def main(cfg):
         from distill.report.evaluate import evaluate
         from distill.runs import run, verdict
         from distill.runs.tables import curves
+        from distill.training import divergence
 
     with (
         run.open_run(cfg) as job,
@@ -50,6 +51,8 @@ def main(cfg):
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):
             student, epochs = roles.distil(cfg, teacher, data, folder, loggers)
+            if setbacks := epochs["last"]["setbacks"]:
+                job.write(setbacks=setbacks)
             if leads():
                 job.save_student(student, epochs, data)
         elif given and not job.distilled() and leads():
@@ -92,7 +95,8 @@ def main(cfg):
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
             say(tables.table(rows))  # first: the disk may be full
-            page.write(rows, folder, job.context(data) | pilots.told(folder), failures + earlier, helped, figures)
+            context = job.context(data) | pilots.told(folder) | divergence.told(job.record.get("setbacks", ()))
+            page.write(rows, folder, context, failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:

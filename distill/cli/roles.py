@@ -228,7 +228,8 @@ def finetuning(
 def recipe(cfg: DictConfig) -> Recipe:
     """How the student is trained."""
     trainer = types.plain_values(cfg.trainer)
-    epochs, same = trainer.pop("max_epochs"), ("seed", "select", "ema", "early_stopping", "compile", "checkpoint_every")
+    epochs = trainer.pop("max_epochs")
+    same = ("seed", "select", "ema", "early_stopping", "on_divergence", "compile", "checkpoint_every")
     described = {key: types.plain_values(cfg[key]) for key in ("optimizer", "schedule", "parameters", *same)}
     return Recipe(epochs, trainer=trainer, **described)
 

@@ -41,6 +41,7 @@ FREE = (
     "store",
     "baseline",
     "trust",
+    "on_divergence",
 )
 
 MADE = (STUDENT, STUDENT_LAST, "checkpoints", "metrics", "compress", "export", "report.json")  # by a run's stages

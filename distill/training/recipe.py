@@ -19,6 +19,7 @@ class Recipe:
         select: the epoch whose weights are taken, "best" (on validation images) or "last".
         ema: decay of a moving average of the weights, which is then what is taken; None: no average.
         early_stopping: epochs without a better validation accuracy before training stops; None: never.
+        on_divergence: "stop", or "back": see distill.training.divergence.
         compile: torch.compile of the step.
         checkpoint_every: optimizer steps between checkpoints in an epoch; changes no bit.
         parameters: arguments of distill.training.parameters.grouped: weight decay of norms, rates of head and stages.
@@ -32,6 +33,7 @@ class Recipe:
     select: str = "best"
     ema: float | None = None
     early_stopping: int | None = None
+    on_divergence: str = "stop"
     compile: bool = False
     checkpoint_every: int = 500
     parameters: Mapping = field(default_factory=dict)
@@ -42,7 +44,9 @@ class Recipe:
         return replace(self, optimizer=optimizer, trainer={**self.trainer, **(trainer or {})}, **others)
 
     def decides(self) -> dict:
-        """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped."""
+        """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped and
+        training doesn't go back."""
         grouped = {name: value for name, value in self.parameters.items() if value != DEFAULTS[name]}
-        left_out = {"checkpoint_every", *([] if grouped else ["parameters"])}
+        stops = self.on_divergence == "stop"
+        left_out = {"checkpoint_every", *([] if grouped else ["parameters"]), *(["on_divergence"] if stops else [])}
         return {name: value for name, value in asdict(self).items() if name not in left_out}

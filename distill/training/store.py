@@ -45,6 +45,7 @@ def once(
         chosen = train(folder)
         if leads():
             found = {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
+            found |= {"setbacks": chosen["setbacks"]} if chosen.get("setbacks") else {}
             with atomic(folder / "fit.json") as temporary:
                 temporary.write_text(json.dumps({**described, **found}, indent=2), encoding="utf-8")
             save_weights(net, weights, {})
