@@ -36,8 +36,11 @@ def once(
     """
     weights = kept(place, described)
     folder = weights.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock") if leads() else contextlib.nullcontext():
+    lock = contextlib.nullcontext()
+    if leads() and not weights.exists():  # what is there is whole: a store that can't be written to is read
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+    with lock:
         if weights.exists():
             say(f"{said} before, read from {weights}")
             load(net, weights)
