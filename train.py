@@ -10,7 +10,7 @@ from distill.cli.command import command, importing
 def main(cfg):
     with importing():  # torch is imported from here on
         from distill import compress, export
-        from distill.cli import build, forecast, pilots, rehearsal, roles
+        from distill.cli import build, faults, forecast, pilots, rehearsal, roles
         from distill.compress.auto import exceeded
         from distill.errors import UserError
         from distill.export.deploy import write_readme
@@ -19,8 +19,13 @@ def main(cfg):
         from distill.report.evaluate import evaluate
         from distill.runs import run, verdict
         from distill.runs.tables import curves
+        from distill.training import divergence
 
-    with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
+    with (
+        run.open_run(cfg) as job,
+        faults.told(job.cfg, job.folder),
+        build.loggers(job.cfg, job.folder) as loggers,
+    ):
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
         data = build.data(cfg.data)
@@ -47,6 +52,8 @@ def main(cfg):
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):
             student, epochs = roles.distil(cfg, teacher, data, folder, loggers)
+            if setbacks := epochs["last"]["setbacks"]:
+                job.write(setbacks=setbacks)
             if leads():
                 job.save_student(student, epochs, data)
         elif given and not job.distilled() and leads():
@@ -88,12 +95,13 @@ def main(cfg):
             rows, earlier = tables.with_earlier(rows, folder)
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
-            page.write(rows, folder, job.context(data) | pilots.told(folder), failures + earlier, helped, figures)
+            say(tables.table(rows))  # first: the disk may be full
+            context = job.context(data) | pilots.told(folder) | divergence.told(job.record.get("setbacks", ()))
+            page.write(rows, folder, context, failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
                 page.log(logger, rows, folder)
-            say(tables.table(rows))
             for line in [*([helped] if helped else []), *diagnosis.findings(figures)]:
                 say(line)
             for line in parity.remarks(rows):

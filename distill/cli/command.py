@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distill import __version__, signals
-from distill.cli import config, help, seeds
+from distill.cli import config, faults, help, seeds, streams
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
@@ -61,9 +61,7 @@ def command(job):
 
     @functools.wraps(job)
     def main():
-        for stream in (sys.stdout, sys.stderr):  # a terminal or file that lacks a sign gets "?" for it
-            with contextlib.suppress(AttributeError, ValueError):  # replaced by something simpler
-                stream.reconfigure(errors="replace")
+        streams.last()
         if "--version" in sys.argv[1:]:
             print(f"distill {__version__}")
             return
@@ -125,17 +123,14 @@ def _asked_about(argv: list[str]) -> str | None:
 
 def _explain(group: str) -> None:
     try:
-        with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough
-            print(help.page(group, [CONF, *config_dirs()]), flush=True)
+        print(help.page(group, [CONF, *config_dirs()]), flush=True)
     except UserError as error:
         sys.exit(_tell(error))
 
 
 def _tell(error: Exception) -> int:
     """Print the error as one line and return the exit code."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+    chain = faults.chain(error)
     known = next((link for link in chain if isinstance(link, UserError)), None)
     usage = isinstance(known or error, (UsageError, HydraException, OmegaConfBaseException))
     if known:
@@ -144,10 +139,12 @@ def _tell(error: Exception) -> int:
         text = _hydra_text(chain)
     elif absent := next(filter(None, map(_not_installed, chain)), None):
         text = absent
+    elif said := faults.worker(error) or faults.disk(error):
+        text = said
+    elif faults.exhausted(error):
+        text = f"{faults.memory(error)}: lower data.batch_size or data.image_size, or choose a smaller network"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    elif memory := next(filter(None, map(_memory, chain)), None):
-        text = memory
     else:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
     print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
@@ -174,21 +171,6 @@ def _not_installed(error: Exception) -> str | None:
         pair = " and ".join(f"{package} {version(package)}" for package in ("torch", "torchvision"))
         return f"{pair} don't belong together: pip install --upgrade torch torchvision"
     return None
-
-
-def _memory(error: Exception) -> str | None:
-    """What to do where memory has run out, of whatever kind; None where it hasn't."""
-    said = f"{type(error).__name__}: {error}"
-    if "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
-        return f"{' '.join(said.split())[:120]}: probably memory has run out; lower data.num_workers or data.batch_size"
-    words = ("OutOfMemoryError", "can't allocate memory", "not enough memory", "MemoryError", "Cannot allocate memory")
-    if not any(word in said for word in words):
-        return None
-    asked = re.search(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", said)
-    return (
-        f"memory has run out{f' ({asked[1]} more were asked for)' if asked else ''}: lower data.batch_size or "
-        "data.image_size, choose a smaller network, or drop a loss on features; run= goes on from the last checkpoint"
-    )
 
 
 def _hydra_text(chain: list[Exception]) -> str:

@@ -12,17 +12,19 @@ from distill.files import human
 
 @dataclass(frozen=True)
 class Write:
-    """Something that a run will write: what, into which folder, which an option names, and about how many bytes."""
+    """Something that a run will write: what, into which folder, which an option names, about how many bytes, and
+    whether it ends where it can't."""
 
     what: str
     option: str
     folder: Path
     bytes: int
+    needed: bool = True
 
 
 def refuse_unwritable(writes: Iterable[Write]) -> None:
     """Raises UserError where a folder can neither be written to nor be made. Nothing is left in it."""
-    for one in writes:
+    for one in (each for each in writes if each.needed):
         try:
             with tempfile.TemporaryFile(dir=_there(one.folder)):
                 pass

@@ -58,7 +58,7 @@ def _trainings(cfg: DictConfig, data: Data, tried: Tried) -> Iterator[str]:
         with contextlib.redirect_stdout(io.StringIO()):
             return _epoch(cfg, data, step(*training, batches=batches))
 
-    for one in _fitted_once(cfg, data):
+    for one in roles.fitted_once(cfg, data):
         epochs, weights = one.recipe.epochs, one.kept(cfg, data)
         if epochs == 0:
             yield f"{one.name}: taken as it is, {one.described.checkpoint or 'with its own weights'}"
@@ -103,9 +103,3 @@ def _cache(cfg: DictConfig, data: Data) -> Iterator[str]:
     device = "cpu" if on_cpu(cfg.trainer.accelerator) else torch.accelerator.current_accelerator().type
     present, wanted = roles.answers(cfg).present(teacher, data, seen, cfg.trainer.max_epochs, device)
     yield f"cache: {present} of {wanted} views of the teacher's answers are there"
-
-
-def _fitted_once(cfg: DictConfig, data: Data) -> Iterator[roles.Fitting]:
-    yield from roles.teachers(cfg, data)
-    if cfg.baseline:
-        yield roles.baseline(cfg, data)

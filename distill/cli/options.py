@@ -66,6 +66,7 @@ class Run:
     ema: BelowOne | None
     compile: bool
     early_stopping: Count | None
+    on_divergence: Literal["stop", "back"]
     checkpoint_every: Count
     restart: bool
     force: bool

@@ -15,13 +15,14 @@ from omegaconf import DictConfig, open_dict
 from distill import types
 from distill.cli import build, roles
 from distill.data.base import Data
-from distill.errors import UsageError, UserError
+from distill.errors import UsageError
 from distill.files import read_json, write_json
 from distill.networks.build import build_network
 from distill.progress import leads, say
 from distill.runs import verdict
 from distill.runtimes.measure import predict
 from distill.teachers.base import Teacher
+from distill.training.divergence import Diverged
 from distill.training.fit import fit
 from distill.training.halving import LEAST, Plan, halve, plan
 
@@ -188,7 +189,11 @@ class Search:
             recipe = roles.recipe(cfg)
             schedule = {"_target_": "distill.training.schedules.squeezed", "_partial_": True, "full": self.full}
             recipe = recipe.changed(
-                epochs=epochs, early_stopping=None, compile=False, schedule={**schedule, "schedule": recipe.schedule}
+                epochs=epochs,
+                early_stopping=None,
+                on_divergence="stop",
+                compile=False,
+                schedule={**schedule, "schedule": recipe.schedule},
             )
             losses = {name: squeezed(options, squeeze) for name, options in types.plain_values(cfg.loss).items()}
             network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
@@ -200,9 +205,7 @@ class Search:
                 fit(network, teacher, losses, data, recipe, folder, answers)
                 logits, labels, _ = predict({"student": network.plain()}, data.val_loader())
                 right = logits["student"].argmax(1) == labels
-            except UserError as error:
-                if "diverged" not in str(error):
-                    raise
+            except Diverged:
                 right = torch.zeros(len(data.val), dtype=torch.bool)  # a rate that is too high
             self.found[key] = {
                 "candidate": candidate.name,

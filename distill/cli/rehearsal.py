@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import io
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
 from distill import compress, export
-from distill.cli import build, roles
+from distill.cli import build, faults, roles
 from distill.cli.disk import Write, refuse_unwritable, room
 from distill.data.base import Data
 from distill.errors import UserError
@@ -87,12 +88,13 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     with contextlib.redirect_stdout(io.StringIO()):
         student, teacher = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), stand_in(cfg, data)
         kept = _kept(cfg, data, student, teacher)
-        refuse_unwritable(_writes(cfg, folder, student, teacher, 0, kept))
-        tried = step(student, teacher, cfg.loss, data, roles.recipe(cfg))
+        fits = any(one.recipe.epochs > 0 and not one.kept(cfg, data).exists() for one in roles.fitted_once(cfg, data))
+        refuse_unwritable(_writes(cfg, folder, student, teacher, 0, kept, fits))
+        tried = fitting(student, teacher, cfg.loss, data, roles.recipe(cfg))
         if "compress" in cfg.stages and cfg.compress:
             flows = map(export.flow, build.steps(cfg.export).values())
             compress.attempt(build.steps(cfg.compress), student.plain(), data, flows)
-    writes = _writes(cfg, folder, student, teacher, tried.checkpoints, kept)
+    writes = _writes(cfg, folder, student, teacher, tried.checkpoints, kept, fits)
     room(writes)
     return tried, writes
 
@@ -107,6 +109,34 @@ def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data,
         fit(network, teacher, losses, own, short, Path(folder), callbacks=[clock])
         checkpoints = sum(file.stat().st_size for file in Path(folder, "checkpoints").iterdir())
     return Tried(clock.step, clock.validation, checkpoints)
+
+
+def fitting(network: Network, teacher: Teacher | None, losses: Mapping, data: Data, recipe: Recipe) -> Tried:
+    """`step`.
+
+    Raises:
+        UserError: memory has run out; it names a batch that fits, which was tried.
+    """
+    asked, size = data.batch_size, data.batch_size
+    while size:
+        try:
+            tried = step(network, teacher, losses, replace(data, batch_size=size), recipe)
+        except Exception as error:
+            if not faults.exhausted(error):
+                raise
+            said = faults.memory(error)
+        else:
+            if size == asked:
+                return tried
+            raise UserError(
+                f"{said} with data.batch_size={asked}: data.batch_size={size} fits, which was tried "
+                f"(trainer.accumulate_grad_batches={asked // size} beside it keeps the images of a step)"
+            )
+        size //= 2
+        gc.collect()  # what the failed step made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise UserError(f"{said} with one image: choose a smaller network, a smaller data.image_size, or fewer losses")
 
 
 def missing(cfg: DictConfig) -> None:
@@ -130,18 +160,23 @@ def _kept(cfg: DictConfig, data: Data, student: Network, teacher: Teacher) -> in
     return roles.answers(cfg).size(teacher, data, seen, cfg.trainer.max_epochs)
 
 
-def _writes(cfg: DictConfig, folder: Path, student: Network, teacher: Teacher, checkpoints: int, kept: int):
+def _writes(
+    cfg: DictConfig, folder: Path, student: Network, teacher: Teacher, checkpoints: int, kept: int, fits: bool
+) -> list[Write]:
     """What the run will write, about: a checkpoint lies beside the one that it replaces, a teacher's is to the
-    student's as its weights are, and an exported file is no larger than the student's weights."""
+    student's as its weights are, and an exported file is no larger than the student's weights. A store in which all is
+    fitted is only read, and so can a cache be that is there."""
     weights = serialised_bytes(student.net)
     largest = max([weights, *(serialised_bytes(each.net) for each in members(teacher))]) / weights
     files = len(cfg.export) * (2 if cfg.compress else 1) * weights if "export" in cfg.stages else 0
+    cache = Path(cfg.cache.folder)
     found = [
         Write("checkpoints", "name", folder, 2 * checkpoints),
         Write("exported files", "name", folder, files),
-        Write("what is fitted once", "store", Path(cfg.store), int(2 * checkpoints * largest)),
+        Write("what is fitted once", "store", Path(cfg.store), int(2 * checkpoints * largest)) if fits else None,
+        Write("the teacher's answers", "cache.folder", cache, kept, needed=not cache.is_dir()) if kept else None,
     ]
-    return found + [Write("the teacher's answers", "cache.folder", Path(cfg.cache.folder), kept)] * (kept > 0)
+    return [one for one in found if one]
 
 
 def stand_in(cfg: DictConfig, data: Data) -> Teacher:

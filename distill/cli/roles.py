@@ -196,6 +196,13 @@ def baseline(cfg: DictConfig, data: Data) -> Fitting:
     return Fitting("student alone", cfg.student, network, {"ce": ce(cfg)}, recipe(cfg))
 
 
+def fitted_once(cfg: DictConfig, data: Data) -> Iterator[Fitting]:
+    """The trainings that a run shares with others through the store."""
+    yield from teachers(cfg, data)
+    if cfg.baseline:
+        yield baseline(cfg, data)
+
+
 def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, loggers) -> tuple[Network, dict]:
     """The student taught by the teacher under the losses of `cfg`, and its best and last epoch (see `fit`)."""
     network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)

@@ -20,6 +20,8 @@ from distill.data.pack import Packed, pack, read_small
 from distill.errors import UsageError, UserError
 from distill.types import Batch, ImageSize, checked_size, in_px, sides
 
+WAIT = 600  # seconds for a batch from a process that loads images: one that hangs would be waited for without end
+
 
 @dataclass(eq=False)
 class Split(Dataset):
@@ -165,6 +167,7 @@ class Data:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=signals.left_to_parent,
+            timeout=WAIT if self.num_workers else 0,
             pin_memory=torch.cuda.is_available() and not getattr(split.images, "is_cuda", False),
         )
 

@@ -76,9 +76,11 @@ def read_small(images: Encoded, size: ImageSize | None, store: str | None) -> Te
     if store is None:
         pixels = _small(images, space, resize=size is not None)
         return None if pixels is None else torch.from_numpy(pixels)
-    pixels = None
     path = _path(store, images, f"small {size}")
+    pixels = None
     try:
+        if (there := _open(path)) is not None:  # without the lock: a folder that can't be written to is read
+            return torch.from_numpy(there)
         with _lock(path):
             pixels = _open(path)
             if pixels is None:
@@ -102,6 +104,8 @@ def pack(images: Encoded, size: ImageSize, store: str) -> np.memmap | None:
     """
     path = _path(store, images, f"squares {size}")
     try:
+        if (there := _open(path)) is not None:
+            return there
         with _lock(path):
             pixels = _open(path)
             if pixels is None:

@@ -30,6 +30,7 @@ FREE = (  # of other stages than training, of where things lie and of what a per
     "trust",
     "force",
     "restart",
+    "on_divergence",
 )
 SAME_BITS = (  # told, and taken
     "checkpoint_every",

@@ -69,27 +69,30 @@ class Rows:
     def _matches(self, header: bytes, whole: int) -> bool:
         """Whether the file is there with this header; one that was cut short is made whole again, its end empty."""
         try:
-            with open(self.path, "rb+") as file:
-                if file.read(HEADER) != header:
-                    say(f"cache: {self.path} is damaged; its rows are asked again")
-                    self.path.unlink(missing_ok=True)
-                    return False
-                if file.seek(0, os.SEEK_END) != whole:
-                    say(f"cache: {self.path} was cut short; the rows at its end are asked again")
-                    file.truncate(whole)
+            with open(self.path, "rb") as file:  # a cache that can't be written to is read
+                found, length = file.read(HEADER), file.seek(0, os.SEEK_END)
         except FileNotFoundError:
             return False
+        if found != header:
+            say(f"cache: {self.path} is damaged; its rows are asked again")
+            self.path.unlink(missing_ok=True)
+            return False
+        if length != whole:
+            say(f"cache: {self.path} was cut short; the rows at its end are asked again")
+            os.truncate(self.path, whole)
         return True
 
     def _create(self, header: bytes, whole: int) -> None:
         """All at once and only if no other process was faster: a link, unlike a rename, never replaces a file."""
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(header)
-            file.truncate(whole)  # sparse: takes no space until rows are written
-        with suppress(FileExistsError):
-            os.link(temporary, self.path)
-        temporary.unlink()
+        try:
+            with open(temporary, "wb") as file:
+                file.write(header)
+                file.truncate(whole)  # sparse: takes no space until rows are written
+            with suppress(FileExistsError):
+                os.link(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Rows (N,): their values (N, *shape), and which are good (N,) bool; the others' values mean nothing."""

@@ -18,6 +18,7 @@ from distill.progress import say
 from distill.teachers.base import Teacher
 from distill.training.answers import Answers
 from distill.training.connect import connect
+from distill.training.divergence import Diverged, Setbacks, restored
 from distill.training.lightning import optimizer as make_optimizer
 from distill.training.lightning import trainer as make_trainer
 from distill.training.lines import Lines
@@ -45,14 +46,39 @@ def fit(
         answers: how the teacher's are kept; None: it is asked every time, about a new view in every epoch.
 
     Returns:
-        {"best": {"epoch", "accuracy", "state"}, "last": {…}}: epoch counted from 1, validation accuracy in
-        [0, 1], and the network's weights. `network` holds those of recipe.select.
+        {"best": {"epoch", "accuracy", "setbacks", "state"}, "last": {…}}: epoch counted from 1, validation accuracy in
+        [0, 1], at which steps training had diverged and gone back, and the network's weights. `network` holds those of
+        recipe.select.
     """
+    setbacks = Setbacks(recipe.on_divergence == "back", folder / "checkpoints")
+    learning = [network, *([teacher] if teacher is not None and not teacher.fixed else [])]
+    began = [copied(part.state_dict()) for part in learning] if setbacks.back else []
+    while True:
+        try:
+            return _fit(network, teacher, losses, data, recipe, folder, answers, loggers, callbacks, setbacks)
+        except Diverged as error:
+            setbacks.take(error)
+        restored(learning, began)
+
+
+def _fit(
+    network: Network,
+    teacher: Teacher | None,
+    losses: Mapping,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    answers: Answers | None,
+    loggers,
+    callbacks,
+    setbacks: Setbacks,
+) -> dict:
+    """`fit` up to the next setback, which raises Diverged."""
     terms, weights = build_losses(losses)
     seen = connect(network, teacher, terms, data, recipe.seed + 1)
     checkpoints = folder / "checkpoints"
     checkpointed = Checkpoints(checkpoints, recipe.checkpoint_every)
-    callbacks = [checkpointed, Lines(recipe.epochs), *callbacks]
+    callbacks = [setbacks, checkpointed, Lines(recipe.epochs), *callbacks]
     if Lines.on_a_terminal():
         callbacks.append(TQDMProgressBar(leave=False))
     if recipe.early_stopping is not None:
@@ -68,7 +94,7 @@ def fit(
         terms,
         weights,
         make_optimizer(recipe, trainer.precision),
-        lambda epoch: factor(epoch, recipe.epochs),
+        lambda epoch: setbacks.factor * factor(epoch, recipe.epochs),
         data.num_classes,
         ema=recipe.ema,
         seed=recipe.seed,
@@ -93,9 +119,10 @@ def fit(
     if trainer.should_stop and recipe.early_stopping and checkpointed.last["epoch"] < recipe.epochs:
         patience = "1 epoch" if recipe.early_stopping == 1 else f"{recipe.early_stopping} epochs"
         say(f"  stopped after epoch {checkpointed.last['epoch']}: no better validation accuracy for {patience}")
+    best = checkpointed.best["epoch"]
     chosen = {
-        "last": {**checkpointed.last, "state": copied(module.shipped.net.state_dict())},
-        "best": {**checkpointed.best, "state": read_state(best_file(checkpoints, checkpointed.best["epoch"]))},
+        "last": {**checkpointed.last, "setbacks": setbacks.steps, "state": copied(module.shipped.net.state_dict())},
+        "best": {**checkpointed.best, "setbacks": setbacks.steps, "state": read_state(best_file(checkpoints, best))},
     }
     network.net.load_state_dict(chosen[recipe.select]["state"])
     network.record(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in

@@ -11,12 +11,13 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from distill.errors import UsageError, UserError
+from distill.errors import UsageError
 from distill.losses.base import Loss
 from distill.losses.weight import weight_at
 from distill.networks.network import Network
 from distill.progress import say
 from distill.teachers.base import Teacher
+from distill.training.divergence import Diverged
 from distill.training.parameters import grouped, rate, scale
 from distill.types import Batch, Outputs
 
@@ -159,13 +160,27 @@ class Distill(pl.LightningModule):
             say(f"  compiled with {sum(counters['graph_break'].values())} graph breaks")
             for reason in counters["graph_break"]:
                 say(f"    {' '.join(reason.split())[:200]}")
-        last = batch_idx + 1 == self.trainer.num_training_batches
-        if (batch_idx % CHECK_EVERY == 0 or last) and not torch.isfinite(self.sums).all():
-            culprits = [name for name, value in zip(self.terms, self.sums, strict=False) if not value.isfinite()]
-            raise UserError(
-                f"the loss diverged in epoch {self.current_epoch} ({', '.join(culprits) or 'total'} is not finite): "
-                "lower optimizer.lr, set trainer.gradient_clip_val=1, or lower the weight of that loss"
-            )
+        if batch_idx % CHECK_EVERY == 0 or batch_idx + 1 == self.trainer.num_training_batches:
+            self._check()
+
+    def on_validation_start(self) -> None:
+        self._check(weights=True)
+
+    def _check(self, weights: bool = False) -> None:
+        """Raises Diverged, in all processes alike, where a loss, or one of the `weights`, is not finite."""
+        sums = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="mean")
+        if torch.isfinite(sums).all():
+            if not weights or all(self._finite()):
+                return
+            culprits = ["a weight"]
+        else:
+            culprits = [name for name, value in zip(self.terms, sums, strict=False) if not value.isfinite()]
+        raise Diverged(", ".join(culprits) or "total", self.current_epoch, self.trainer.global_step)
+
+    def _finite(self) -> list[bool]:
+        """Of what learns, whether each is."""
+        learned = [value.detach() for value in self.parameters() if value.requires_grad and value.numel()]
+        return torch.stack([norm.float() for norm in torch._foreach_norm(learned, torch.inf)]).isfinite().tolist()
 
     def means(self) -> dict[str, Tensor]:
         """The epoch's mean of each term, unweighted, and of the total ("loss"), so far."""
@@ -178,7 +193,9 @@ class Distill(pl.LightningModule):
         self.log("lr", rate(self.trainer.optimizers[0]))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """The sums of all processes in each of them, so that their mean goes on rightly whoever reads it."""
+        """The sums of all processes in each of them, so that their mean goes on rightly whoever reads it. Raises
+        Diverged instead of keeping weights that are not finite."""
+        self._check(weights=True)
         checkpoint["sums"] = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="mean").cpu()
         checkpoint["taught"] = self.trainer.strategy.reduce(self.taught.clone(), reduce_op="mean").cpu()
 

@@ -19,6 +19,7 @@ class Recipe:
         select: the epoch whose weights are taken, "best" (on validation images) or "last".
         ema: decay of a moving average of the weights, which is then what is taken; None: no average.
         early_stopping: epochs without a better validation accuracy before training stops; None: never.
+        on_divergence: "stop", or "back": see distill.training.divergence.
         compile: torch.compile of the step.
         checkpoint_every: optimizer steps between checkpoints in an epoch; changes no bit.
         restart: train from the start where there are checkpoints and all are damaged; changes no bit.
@@ -33,6 +34,7 @@ class Recipe:
     select: str = "best"
     ema: float | None = None
     early_stopping: int | None = None
+    on_divergence: str = "stop"
     compile: bool = False
     checkpoint_every: int = 500
     restart: bool = False
@@ -44,7 +46,9 @@ class Recipe:
         return replace(self, optimizer=optimizer, trainer={**self.trainer, **(trainer or {})}, **others)
 
     def decides(self) -> dict:
-        """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped."""
+        """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped and
+        training doesn't go back."""
         grouped = {name: value for name, value in self.parameters.items() if value != DEFAULTS[name]}
-        left_out = {"checkpoint_every", "restart", *([] if grouped else ["parameters"])}
+        unasked = {"on_divergence"} if self.on_divergence == "stop" else set()
+        left_out = {"checkpoint_every", "restart", *unasked, *([] if grouped else ["parameters"])}
         return {name: value for name, value in asdict(self).items() if name not in left_out}

@@ -46,14 +46,17 @@ def once(
     """
     weights = kept(place, described)
     folder = weights.parent
+    if weights.exists() and _read(net, weights, load, said, restart):  # it is whole: no lock, which a store that can't
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # be written to could not give
+        return net
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock") if leads() else contextlib.nullcontext():
-        if weights.exists() and _read(net, weights, load, said, restart):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed before it did
+        if weights.exists() and _read(net, weights, load, said, restart):  # made while this process waited
             return net
         chosen = train(folder)
         if leads():
             found = {"epoch": chosen["epoch"], "val_accuracy": chosen["accuracy"]}
+            found |= {"setbacks": chosen["setbacks"]} if chosen.get("setbacks") else {}
             write_json(folder / "fit.json", {**described, **found})
             save_weights(net, weights, {})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -69,5 +72,7 @@ def _read(net: nn.Module, weights: Path, load: Callable, said: str, restart: boo
         if not restart:
             raise DamagedError(f"{error}: bring it back from a copy, or add restart=true to train it again") from error
         say(f"  warning: {error}: it is trained again")
+        if leads():
+            weights.unlink(missing_ok=True)
         return False
     return True
