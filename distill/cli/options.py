@@ -64,6 +64,7 @@ class Run:
     baseline: bool
     select: Literal["best", "last"]
     ema: BelowOne | None
+    deterministic: bool
     compile: bool
     early_stopping: Count | None
     on_divergence: Literal["stop", "back"]

@@ -235,6 +235,8 @@ def finetuning(
 def recipe(cfg: DictConfig) -> Recipe:
     """How the student is trained."""
     trainer = types.plain_values(cfg.trainer)
+    if cfg.deterministic:
+        trainer["deterministic"] = True
     epochs, same = trainer.pop("max_epochs"), {field.name for field in fields(Recipe)} - {"epochs", "trainer"}
     return Recipe(epochs, trainer=trainer, **{name: types.plain_values(cfg[name]) for name in same})
 
