@@ -12,6 +12,7 @@ def main(cfg):
         from distill import compress, export
         from distill.cli import build, forecast, pilots, rehearsal, roles
         from distill.compress.auto import exceeded
+        from distill.data.findings import left_out
         from distill.errors import UserError
         from distill.export.deploy import write_readme
         from distill.progress import leads, say
@@ -23,7 +24,7 @@ def main(cfg):
     with run.open_run(cfg) as job, build.loggers(job.cfg, job.folder) as loggers:
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
-        data = build.data(cfg.data)
+        data = build.data(cfg.data, read=job.does("check"))
 
         pilots.check(cfg, job.record["overrides"], data)
         if job.does("check"):
@@ -87,7 +88,14 @@ def main(cfg):
             rows, earlier = tables.with_earlier(rows, folder)
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
-            page.write(rows, folder, job.context(data) | pilots.told(folder), failures + earlier, helped, figures)
+            page.write(
+                rows,
+                folder,
+                job.context(data) | left_out(data) | pilots.told(folder),
+                failures + earlier,
+                helped,
+                figures,
+            )
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
