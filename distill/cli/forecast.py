@@ -36,7 +36,7 @@ def tell(cfg: DictConfig, data: Data, folder: Path) -> None:
     """
     for line in findings(data) if leads() else ():
         say(f"  {line}")
-    if data.left_out and cfg.data.corrupt == "stop":
+    if data.left_out and cfg.data.get("corrupt") == "stop":
         count = f"{len(data.left_out):,} images can't be read" if len(data.left_out) > 1 else "an image can't be read"
         raise UserError(f"{count}: {few(data.left_out)}; mend or remove, or leave them out by data.corrupt=skip")
     if not leads():

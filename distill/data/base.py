@@ -252,9 +252,7 @@ def _whole(
         lost = set(part.unique().tolist()) - set(kept[split].unique().tolist())
         if lost:
             names = few([classes[label] for label in sorted(lost)])
-            raise UserError(
-                f"not one image of {split} can be read in {len(lost)} classes ({names}): mend or remove them"
-            )
+            raise UserError(f"no image of {split} can be read in {len(lost)} classes ({names}): mend or remove them")
     return images.select(whole.nonzero()[:, 0]), kept, found.select(whole.numpy()), tuple(found.reasons)
 
 

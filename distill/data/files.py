@@ -46,7 +46,7 @@ UPRIGHT = {  # by EXIF's orientation
     8: Image.Transpose.ROTATE_90,
 }
 Image.init()
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MOST_PIXELS is the bound here
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what is odd in a file and does no harm
 
 
 class ImageError(UserError):

@@ -232,7 +232,7 @@ def test_names_of_any_signs(tmp_path, size):
         "\x1b[31mred.png",
         "=,[]{}'\".png",
     ]
-    root = make_folder(tmp_path, {"a": 10, "b ü 😀": 10, "שלום": 10}, size=(size, size), vary=1)
+    root = make_folder(tmp_path / "set", {"a": 10, "b ü 😀": 10, "שלום": 10}, size=(size, size), vary=1)
     content = (root / "a/000.png").read_bytes()
     for name in [*map(os.fsencode, names), b"\xff\xfe.png"]:
         Path(os.fsdecode(os.fsencode(root / "a") + b"/" + name)).write_bytes(content)
