@@ -12,6 +12,7 @@ def main(cfg):
         from distill import compress, export
         from distill.cli import build, faults, forecast, pilots, rehearsal, roles
         from distill.compress.auto import exceeded
+        from distill.data.findings import left_out
         from distill.errors import UserError
         from distill.export.deploy import write_readme
         from distill.progress import leads, say
@@ -28,7 +29,7 @@ def main(cfg):
     ):
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
-        data = build.data(cfg.data)
+        data = build.data(cfg.data, read=job.does("check"))
         job.check_images(data)
 
         pilots.check(cfg, job.record["overrides"], data)
@@ -96,7 +97,8 @@ def main(cfg):
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
             say(tables.table(rows))  # first: the disk may be full
-            context = job.context(data) | pilots.told(folder) | divergence.told(job.record.get("setbacks", ()))
+            setbacks = divergence.told(job.record.get("setbacks", ()))
+            context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
             page.write(rows, folder, context, failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)

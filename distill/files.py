@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,10 +79,14 @@ def content_key(described) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_stamp(path: Path, name: str) -> bytes:
-    """A line that changes when the file does: what it is called, its bytes and time of change."""
-    stat = os.stat(path)
-    return os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
+def stamp(stat: os.stat_result) -> tuple[int, int]:
+    """What changes when a file does: its bytes and time of change, ns."""
+    return stat.st_size, stat.st_mtime_ns
+
+
+def stamp_line(name: str, stamp: Sequence[int]) -> bytes:
+    """A line that changes when the file does, or what it is called."""
+    return f"{name}\t{stamp[0]}\t{stamp[1]}\n".encode("utf-8", "surrogateescape")
 
 
 def read_json(path: Path, most: int = 50 * MOST, changed: bool = False) -> dict:

@@ -4,7 +4,9 @@ Lightning's rank_zero_only.rank is the same number, but importing it imports tor
 before that."""
 
 import os
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks, in its order
 
@@ -28,3 +30,22 @@ def few(names: Sequence[str], shown: int = 5) -> str:
     """The first names, and how many more there are."""
     rest = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(map(printable, names[:shown])) + rest or "none"
+
+
+def counted(chunks: Iterable[Sequence], total: int, what: str) -> Iterator:
+    """The items of all chunks, with a bar on a terminal, else with a line every half minute."""
+    if leads() and sys.stdout.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=f"  {what}", leave=False, file=sys.stdout) as bar:
+            for chunk in chunks:
+                yield from chunk
+                bar.update(len(chunk))
+        return
+    done, told = 0, time.monotonic()
+    for chunk in chunks:
+        yield from chunk
+        done += len(chunk)
+        if time.monotonic() - told > 30:
+            say(f"  {what}: {done:,} of {total:,}")
+            told = time.monotonic()

@@ -82,13 +82,13 @@ def read_small(images: Encoded, size: ImageSize | None, store: str | None) -> Te
         if (there := _open(path)) is not None:  # without the lock: a folder that can't be written to is read
             return torch.from_numpy(there)
         with _lock(path):
-            pixels = _open(path)
+            pixels = _open(path, len(images))
             if pixels is None:
                 pixels = _small(images, space, resize=size is not None)
                 if pixels is None:
                     return None
                 _write(path, pixels.shape, [pixels])
-                pixels = _open(path)
+                pixels = _open(path, len(images))
     except OSError as error:
         say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are kept in memory")
         if pixels is None:
@@ -107,12 +107,12 @@ def pack(images: Encoded, size: ImageSize, store: str) -> np.memmap | None:
         if (there := _open(path)) is not None:
             return there
         with _lock(path):
-            pixels = _open(path)
+            pixels = _open(path, len(images))
             if pixels is None:
                 shape = (len(images), 3, *sides(size))
                 say(f"packing {len(images):,} images at {in_px(size)}, {math.prod(shape) / 1e9:.2f} GB → {path}")
                 _write(path, shape, _middles(images, size))
-                pixels = _open(path)
+                pixels = _open(path, len(images))
             return pixels
     except OSError as error:
         say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are decoded every time")
@@ -156,15 +156,24 @@ def _lock(path: Path) -> FileLock:
     return FileLock(path.with_suffix(".lock"))
 
 
-def _open(path: Path) -> np.memmap | None:
-    """The array, or None where there is none or the file is not as long as its header says."""
+def _open(path: Path, count: int) -> np.memmap | None:
+    """The array of so many images, or None where there is none or the file isn't what `_write` makes."""
     try:
-        return np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+        pixels = np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+        header = path.stat().st_size - pixels.nbytes
+        right = (
+            pixels.ndim == 4 and pixels.shape[:2] == (count, 3) and min(pixels.shape) > 0 and header == pixels.offset
+        )
+        if isinstance(pixels, np.memmap) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous and right:
+            return pixels
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError):
-        say(f"packed images: {path} is damaged; it is made anew")
-        return None
+    except OSError:
+        raise
+    except Exception:  # of a damaged header NumPy raises nearly everything, TokenError included
+        pass
+    say(f"packed images: {path} is damaged; it is made anew")
+    return None
 
 
 def _write(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
