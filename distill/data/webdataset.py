@@ -11,13 +11,13 @@ import json
 import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -25,6 +25,7 @@ from distill.data.base import Data, from_encoded, hold_out
 from distill.data.files import DECODED, Encoded, header, read
 from distill.errors import UsageError, UserError
 from distill.files import atomic, file_stamp
+from distill.locks import alone
 from distill.progress import say
 from distill.schema.ranges import Inside, Seed, Sides
 from distill.types import checked_size, sides
@@ -143,12 +144,16 @@ def _index(path: Path, store: str | None) -> dict[str, np.ndarray]:
         return _scan(path)
     folder = Path(store).expanduser().absolute()
     kept = folder / f"{hashlib.sha256(b'index 1 ' + file_stamp(path, str(path))).hexdigest()[:16]}.npz"
-    index = None
+    index = _kept(kept, path)
+    if index is not None:
+        return index
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "index.lock"):  # several processes may want it at once: one makes it
-            index = _kept(kept)
+        with alone(folder / "index.lock", "the shards' index"):
+            index = _kept(kept, path)
             if index is None:
+                if kept.exists():
+                    say(f"index of shards: {kept} is damaged; it is made anew")
                 index = _scan(path)
                 with atomic(kept) as temporary, open(temporary, "wb") as file:
                     np.savez(file, **index)
@@ -157,14 +162,21 @@ def _index(path: Path, store: str | None) -> dict[str, np.ndarray]:
     return index or _scan(path)
 
 
-def _kept(path: Path) -> dict[str, np.ndarray] | None:
+def _kept(path: Path, shard: Path) -> dict[str, np.ndarray] | None:
+    """An index that was kept, or None where there is none that fits the shard: then it is made anew."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                return None  # not as it is kept: it could unfold to anything
         with np.load(path) as index:  # arrays only: NumPy doesn't unpickle unless asked to
-            return {key: index[key] for key in ("names", "offsets", "sizes", "labels")}
-    except FileNotFoundError:
-        return None
+            found = {key: index[key] for key in ("names", "offsets", "sizes", "labels")}
+        names, *numbers = found.values()
+        ends = found["offsets"] + found["sizes"]
+        kinds = names.dtype.kind == "U" and all(each.dtype == np.int64 for each in numbers)
+        same = names.ndim == 1 and all(each.shape == names.shape for each in numbers)
+        inside = min(each.min() for each in numbers) >= 0 and ends.max() <= shard.stat().st_size
+        return found if kinds and same and inside else None
     except Exception:  # of a damaged file zipfile, zlib and NumPy raise nearly everything
-        say(f"index of shards: {path} is damaged; it is made anew")
         return None
 
 

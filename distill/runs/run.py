@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from distill import locks
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.files import atomic, read_yaml
@@ -168,17 +168,20 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         run.write(status="done", ended=_now())
 
 
-def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
     """The folder's lock, which ends with its process however that ends; of several that train together one holds it."""
-    if not leads():
-        return contextlib.nullcontext()
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
-    try:
-        return lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"another process is at work in {folder}: wait for it or end it, or start a new run (another name=)"
-        ) from None
+    with contextlib.ExitStack() as held:
+        if leads():
+            locks.run = str(folder)
+            try:
+                held.enter_context(locks.alone(folder / ".lock", "the run's folder", PATIENCE))
+            except locks.Held as other:
+                raise UserError(
+                    f"another process is at work in {folder}, {other.owner}: wait for it or end it, or start a new run "
+                    "(another name=)"
+                ) from None
+        yield
 
 
 def _opened(folder: Path, cfg: DictConfig) -> Run:

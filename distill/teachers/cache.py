@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill.data.base import Data
 from distill.errors import UsageError
-from distill.files import atomic, content_key, human, parse_bytes
+from distill.files import atomic, content_key, human, own_temporary, parse_bytes, sweep
 from distill.networks.sources import describe, layers
 from distill.progress import leads, say
 from distill.teachers.base import Teacher
@@ -67,29 +67,38 @@ class Rows:
         self._descriptor: int | None = None
 
     def _matches(self, header: bytes, whole: int) -> bool:
-        """Whether the file is there with this header; one that was cut short is made whole again, its end empty."""
+        """Whether the file is there with this header; one that was cut short is made whole again, its end empty. What
+        is whole is only read: a cache may be one that can't be written."""
         try:
-            with open(self.path, "rb+") as file:
-                if file.read(HEADER) != header:
-                    say(f"cache: {self.path} is damaged; its rows are asked again")
-                    self.path.unlink(missing_ok=True)
-                    return False
-                if file.seek(0, os.SEEK_END) != whole:
-                    say(f"cache: {self.path} was cut short; the rows at its end are asked again")
-                    file.truncate(whole)
+            with open(self.path, "rb") as file:
+                found, length = file.read(HEADER), file.seek(0, os.SEEK_END)
         except FileNotFoundError:
             return False
+        if found != header:
+            say(f"cache: {self.path} is damaged; its rows are asked again")
+            self.path.unlink(missing_ok=True)
+            return False
+        if length != whole:
+            say(f"cache: {self.path} was cut short; the rows at its end are asked again")
+            os.truncate(self.path, whole)
         return True
 
     def _create(self, header: bytes, whole: int) -> None:
         """All at once and only if no other process was faster: a link, unlike a rename, never replaces a file."""
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(header)
-            file.truncate(whole)  # sparse: takes no space until rows are written
-        with suppress(FileExistsError):
-            os.link(temporary, self.path)
-        temporary.unlink()
+        sweep(self.path)
+        temporary = own_temporary(self.path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(header)
+                file.truncate(whole)  # sparse: takes no space until rows are written
+            try:
+                os.link(temporary, self.path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links: what another process writes just now may be asked again
+                os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Rows (N,): their values (N, *shape), and which are good (N,) bool; the others' values mean nothing."""

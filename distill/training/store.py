@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from torch import nn
 
 from distill.files import atomic, content_key
+from distill.locks import alone
 from distill.networks.weights import save_weights
 from distill.progress import leads, say
 
@@ -36,8 +36,7 @@ def once(
     """
     weights = kept(place, described)
     folder = weights.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock") if leads() else contextlib.nullcontext():
+    with _alone(weights, said.partition(":")[0]):
         if weights.exists():
             say(f"{said} before, read from {weights}")
             load(net, weights)
@@ -50,3 +49,11 @@ def once(
             save_weights(net, weights, {})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return net
+
+
+def _alone(weights: Path, what: str) -> contextlib.AbstractContextManager:
+    """Nobody else where these weights are to be made; those that are there are read, even where none can be written."""
+    if weights.exists():
+        return contextlib.nullcontext()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    return alone(weights.parent / "lock", what) if leads() else contextlib.nullcontext()
