@@ -122,7 +122,23 @@ def read_json(path: Path, most: int = 50 * MOST) -> dict:
     Raises:
         UserError: it is missing, too long, or no JSON object.
     """
-    return _object(path, most, json.loads, "JSON")
+    return _object(path, most, lambda text: json.loads(text, object_pairs_hook=_once, parse_constant=_number), "JSON")
+
+
+def _once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """For a file of ours whose content makes no sense."""
+    return UserError(f"{path} is damaged, or not one of ours ({what}): delete it or its folder")
 
 
 def read_yaml(path: Path) -> dict:
@@ -158,9 +174,9 @@ def _object(path: Path, most: int, parse, kind: str) -> dict:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is damaged, or not one of ours ({reason[:200]}): delete it or its folder") from None
+        raise damaged(path, reason[:200]) from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged, or not one of ours ({kind} of a {type(found).__name__})")
+        raise damaged(path, f"{kind} of a {type(found).__name__}")
     return found
 
 

@@ -22,6 +22,7 @@ from distill.cli import config, help, seeds
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
+from distill.progress import shown
 from distill.runs.moved import present
 from distill.schema.values import nearest
 
@@ -126,7 +127,7 @@ def _tell(error: Exception) -> int:
         text = memory
     else:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    print("error: " + shown(" ".join(text.split())), file=sys.stderr, flush=True)
     return 2 if usage else 1
 
 

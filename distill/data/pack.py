@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,7 +157,11 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.memmap | None:
     """The array, or None where there is none, or the file is none of such an array."""
     try:
         found = np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
-    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):  # of a zip file it reads the members
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise
+    except Exception:  # of what is no array NumPy's reader raises nearly everything
         return None
     return found if isinstance(found, np.memmap) and found.dtype == np.uint8 and found.shape == shape else None
 

@@ -204,6 +204,8 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
         if cfg.run is not None:
             cfg, words = continued(folder, record["overrides"], words, trusts)
         if begun:
+            if not trusts:
+                trust.check_words(record["overrides"], folder / "run.json")
             _refuse_change(folder, record["overrides"], cfg)
         record["overrides"] = words
         record["commands"] = commands if again else [*commands, command]
