@@ -1,6 +1,7 @@
 """Files of a stranger's making, and what a user would do with them: no code of theirs runs, no environment is read, no
 file is made elsewhere, the end is one line, and it comes soon and in little memory."""
 
+import contextlib
 import io
 import json
 import os
@@ -629,7 +630,8 @@ def test_an_onnx_file_reads_nothing_outside_of_its_folder(tmp_path):
 
     (tmp_path / "secret").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     (tmp_path / "export").mkdir()
-    for place in (str(tmp_path / "secret"), "../secret"):
+    (tmp_path / "export" / "beside").write_bytes((tmp_path / "secret").read_bytes())
+    for place in ("beside", str(tmp_path / "secret"), "../secret"):
         weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
         weight.ClearField("raw_data")
         weight.data_location = TensorProto.EXTERNAL
@@ -645,7 +647,8 @@ def test_an_onnx_file_reads_nothing_outside_of_its_folder(tmp_path):
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
         (tmp_path / "export" / "student.onnx").write_bytes(model.SerializeToString())
-        with pytest.raises(UserError, match=r"student\.onnx"):
+        refused = pytest.raises(UserError, match="[Ee]xternal data path")
+        with contextlib.nullcontext() if place == "beside" else refused:
             onnx.load(tmp_path / "export" / "student.onnx")(torch.zeros(1, 4))
 
 
