@@ -1,11 +1,16 @@
 """Files that are whole or not there, and files of others: read without running anything, and no more than expected."""
 
+import glob
 import hashlib
 import json
 import os
+import re
+import socket
+import stat
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -17,18 +22,58 @@ CONF = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent /
 MOST = 1_000_000  # bytes of a record of ours (run.json, config.yaml, fit.json); they have a few thousand
 
 
+DAY = 24 * 3600  # seconds after which another machine's temporary file is nobody's
+
+
+def _machine() -> str:
+    """This host and what numbers its processes: another boot or container of the same name is another one."""
+    numbering = b""
+    with suppress(OSError):
+        numbering = Path("/proc/sys/kernel/random/boot_id").read_bytes() + os.readlink("/proc/self/ns/pid").encode()
+    host = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:32] or "host"
+    return f"{host}-{hashlib.sha256(numbering).hexdigest()[:6]}"
+
+
+MACHINE = _machine()
+
+
+def lives(pid: int, since: int | None = None) -> bool:
+    """Whether a process of this machine runs: the one that `started` then, where that is known."""
+    if Path("/proc/self/stat").exists():
+        found = started(pid)
+        return found is not None and since in (None, found)
+    if os.name == "nt":  # where asking a process ends it
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def started(pid: int) -> int | None:
+    """When a process of this machine began, in the kernel's ticks; None where it is gone, or that is not known."""
+    try:
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+        return None if state in "ZX" else int(fields[18])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded temporary path; it takes `path`'s place only when all of it is on the disk.
 
-    A kill or a full disk leaves the old file as it was; a temporary file left by a kill is overwritten.
+    A kill or a full disk leaves the old file as it was. Of several processes that write it at once, on this machine or
+    on others, each has a temporary file of its own, and the last one's stays; what killed ones left is removed.
 
     Raises:
         OSError: it can't be written; `filename` is `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        stale.unlink(missing_ok=True)
+    temporary = own_temporary(path)
+    sweep(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -40,6 +85,21 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def own_temporary(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name}.{MACHINE}.{os.getpid()}.tmp")
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files of `path` whose writers are gone: known of this machine, by their age of others."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        machine, _, pid = left.name.removesuffix(".tmp").removeprefix(f".{path.name}.").rpartition(".")
+        with suppress(OSError):
+            ours = machine == MACHINE and pid.isdigit()
+            if not lives(int(pid)) if ours else time.time() - left.stat().st_mtime > DAY:
+                left.unlink()
 
 
 CHECKSUM = "checksum"  # in a file of ours: of all the rest that it says
@@ -99,11 +159,27 @@ def read_json(path: Path, most: int = 50 * MOST, changed: bool = False) -> dict:
     Raises:
         UserError: it is missing, too long, no JSON object, or (DamagedError) not what `write_json` wrote.
     """
-    found = _object(path, most, json.loads, "JSON")
+    found = _object(path, most, lambda text: json.loads(text, object_pairs_hook=_once, parse_constant=_number), "JSON")
     checksum = found.pop(CHECKSUM, None)  # files of earlier versions have none
     if checksum is not None and checksum != _checksum(found) and not changed:
-        raise DamagedError(f"{path} is damaged, or not one of ours (its checksum differs: was it changed by hand?)")
+        raise damaged(path, "its checksum differs: was it changed by hand?")
     return found
+
+
+def _once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def damaged(path: Path, what: str) -> DamagedError:
+    """For a file of ours whose content makes no sense."""
+    return DamagedError(f"{path} is damaged, or not one of ours ({what})")
 
 
 def read_yaml(path: Path, changed: bool = False) -> dict:
@@ -138,6 +214,8 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _object(path: Path, most: int, parse, kind: str) -> dict:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe's end may never come
+            raise ValueError("it is no file")
         with open(path, encoding="utf-8") as file:
             text = file.read(most + 1)
         if len(text) > most:
@@ -149,10 +227,9 @@ def _object(path: Path, most: int, parse, kind: str) -> dict:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DamagedError(f"{path} is damaged, or not one of ours ({reason[:200]})") from None
+        raise damaged(path, reason[:200]) from None
     if not isinstance(found, dict):
-        what = "it is empty" if found is None else f"{kind} of a {type(found).__name__}"
-        raise DamagedError(f"{path} is damaged, or not one of ours ({what})")
+        raise damaged(path, "it is empty" if found is None else f"{kind} of a {type(found).__name__}")
     return found
 
 

@@ -18,7 +18,12 @@ def leads() -> bool:
 
 def say(line: str) -> None:
     if leads():
-        print(line, flush=True)
+        print(shown(str(line)), flush=True)
+
+
+def shown(text: str) -> str:
+    """`text`, perhaps a stranger's, for a terminal: its lines as they are, other signs as `printable` has them."""
+    return text if text.isprintable() else "".join(sign if sign in "\n\t" else printable(sign) for sign in text)
 
 
 def printable(text: str) -> str:

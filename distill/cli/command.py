@@ -25,7 +25,7 @@ from distill.cli import config, faults, help, seeds, streams
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
-from distill.progress import leads
+from distill.progress import leads, shown
 from distill.runs.moved import present
 from distill.runs.records import forced
 from distill.schema.values import nearest
@@ -147,7 +147,7 @@ def _tell(error: Exception) -> int:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     else:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    print("error: " + shown(" ".join(text.split())), file=sys.stderr, flush=True)
     return 2 if usage else 1
 
 

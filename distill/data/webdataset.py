@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from distill.data.base import Data, from_encoded
 from distill.data.files import DECODED, SUFFIXES, Encoded, opened, read_arrays
 from distill.errors import UsageError, UserError
 from distill.files import atomic, stamp, stamp_line
+from distill.locks import alone
 from distill.progress import printable, say
 from distill.schema.ranges import Inside, OnCorrupt, Seed, Sides
 from distill.types import checked_size, sides
@@ -161,14 +161,19 @@ def _index(path: Path, store: str | None) -> dict[str, np.ndarray]:
     if store is None:
         return _scan(path)
     folder = Path(store).expanduser().absolute()
-    key = hashlib.sha256(b"index 2 " + stamp_line(str(path), stamp(os.stat(path)))).hexdigest()[:16]
+    now = os.stat(path)
+    key = hashlib.sha256(b"index 2 " + stamp_line(str(path), stamp(now))).hexdigest()[:16]
     kept = folder / f"{key}.npz"
-    index = None
+    index = _kept(kept, now.st_size)
+    if index is not None:
+        return index
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "index.lock"):  # several processes may want it at once: one makes it
-            index = _kept(kept, os.stat(path).st_size)
+        with alone(folder / "index.lock", "the shards' index"):
+            index = _kept(kept, now.st_size)
             if index is None:
+                if kept.exists():
+                    say(f"index of shards: {kept} is damaged; it is made anew")
                 index = _scan(path)
                 with atomic(kept) as temporary, open(temporary, "wb") as file:
                     np.savez(file, **index)

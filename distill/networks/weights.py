@@ -45,6 +45,8 @@ STATE_KEYS = (
 SECOND_CHOICE = ("teacher", "ema", "momentum", "target", "averag")
 EXTRA = "_extra_state"  # what a module keeps besides tensors (nn.Module.get_extra_state) ends in this
 TEXT = 1 << 24  # bytes that a TorchScript program's packed text may unfold to: those are told what they are
+REPEATED = 1 << 24  # bytes that a tensor may seem to have whose numbers are fewer
+DEPTH = 4  # mappings in mappings among which a state dict is looked for: in a file they may hold each other
 SHOWN = 5  # keys named in an error before the rest is only counted
 
 
@@ -78,7 +80,22 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping):
             came = f"a dict of {', '.join(map(str, list(content)[:SHOWN])) or 'nothing'}"
         raise UserError(f"{path} holds no state dict but {came}: save it with torch.save(net.state_dict(), PATH)")
+    odd = next((key for key, value in state.items() if isinstance(value, Tensor) and not _is_plain(value)), None)
+    if odd is not None:
+        raise UserError(
+            f"{path}: {odd} is no plain tensor with numbers of its own (sparse, quantized, or expanded from fewer): "
+            "save it dense and contiguous"
+        )
     return state
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor has all its numbers in memory: a file of a few bytes can hold one of any shape that has not."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and value.numel() * value.element_size() <= max(
+        TEXT, value.untyped_storage().nbytes()
+    )
 
 
 def load_weights(
@@ -291,19 +308,19 @@ def _extra_state(content: bytes):
         return None
 
 
-def _find_state(content) -> dict[str, Tensor] | None:
+def _find_state(content, depth: int = DEPTH) -> dict[str, Tensor] | None:
     """The state dict in `content`: under a usual name, else `content` itself, else the largest under any name but an
     optimizer's."""
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not depth:
         return None
     for key in STATE_KEYS:
-        found = _find_state(content.get(key))
+        found = _find_state(content.get(key), depth - 1)
         if found:
             return found
     own = {key: value for key, value in content.items() if isinstance(key, str) and _is_state(key, value)}
     if any(isinstance(value, Tensor) for value in own.values()):
         return own
-    others = (_find_state(value) for key, value in content.items() if "optim" not in str(key).lower())
+    others = (_find_state(value, depth - 1) for key, value in content.items() if "optim" not in str(key).lower())
     return max(filter(None, others), key=len, default=None)
 
 

@@ -112,15 +112,19 @@ def _continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> t
     recorded, words = read_record(folder, changed)["overrides"], unforced(words)
     given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
     said = {word.lstrip("+~").partition("=")[0] for word in words}
+    if not trusts:
+        trust.check_words(recorded, folder / "run.json")
     words = _added(recorded, words)
     cfg = present(compose("train", words))
     values = OmegaConf.to_container(cfg, resolve=True)
     if not trusts:
         trust.check(values, folder, given)
+        trust.check_folders(values, folder, said)
     if (folder / "config.yaml").is_file():
         saved = renamed(read_config(folder, changed))
         if not trusts:
             trust.check(saved, folder, given)  # before an expression in it becomes one
+            trust.check_folders(saved, folder, said)
         before = OmegaConf.to_container(present(compose("train", recorded)), resolve=True)
         values = _kept(saved, before, values, said)
         cfg = OmegaConf.create(values)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from distill import locks
 from distill.data.base import Data
 from distill.data.fingerprint import difference, fingerprint
 from distill.errors import DamagedError, UsageError, UserError
@@ -204,17 +204,20 @@ def _restore(folder: Path, records: dict[str, bytes]) -> None:
                 temporary.write_bytes(content)
 
 
-def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
     """The folder's lock, which ends with its process however that ends; of several that train together one holds it."""
-    if not leads():
-        return contextlib.nullcontext()
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
-    try:
-        return lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"another process is at work in {folder}: wait for it or end it, or start a new run (another name=)"
-        ) from None
+    with contextlib.ExitStack() as held:
+        if leads():
+            locks.run = str(folder)
+            try:
+                held.enter_context(locks.alone(folder / ".lock", "the run's folder", PATIENCE))
+            except locks.Held as other:
+                raise UserError(
+                    f"another process is at work in {folder}, {other.owner}: wait for it or end it, or start a new run "
+                    "(another name=)"
+                ) from None
+        yield
 
 
 def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
@@ -243,6 +246,8 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
         commands = record.get("commands", [record["overrides"]])
         again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
         if begun:
+            if not once["trust"]:
+                trust.check_words(record["overrides"], folder / "run.json")
             saved = read_config(folder, changed)
             forced = refuse_changes(folder, saved, record["overrides"], cfg, once["force"])
             record["forced"] = [*record.get("forced", []), *forced]

@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from torch import nn
 
 from distill.errors import DamagedError
 from distill.files import content_key, write_json
+from distill.locks import alone
 from distill.networks.weights import save_weights
 from distill.progress import leads, say
 
@@ -46,11 +46,11 @@ def once(
     """
     weights = kept(place, described)
     folder = weights.parent
-    if weights.exists() and _read(net, weights, load, said, restart):  # it is whole: no lock, which a store that can't
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # be written to could not give
+    if weights.exists() and _read(net, weights, load, said, restart):  # no lock, which a store that can't be written to
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # could not give
         return net
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock") if leads() else contextlib.nullcontext():
+    with alone(folder / "lock", said.partition(":")[0]) if leads() else contextlib.nullcontext():
         if weights.exists() and _read(net, weights, load, said, restart):  # made while this process waited
             return net
         chosen = train(folder)
