@@ -6,6 +6,7 @@ before that."""
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks, in its order
@@ -21,9 +22,15 @@ def say(line: str) -> None:
         print(shown(str(line)), flush=True)
 
 
+TURNS = {*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))}  # the direction of what follows
+
+
 def shown(text: str) -> str:
-    """`text`, perhaps a stranger's, for a terminal: its lines as they are, other signs as `printable` has them."""
-    return text if text.isprintable() else "".join(sign if sign in "\n\t" else printable(sign) for sign in text)
+    """`text`, perhaps a stranger's, for a terminal: signs that steer one, or hide what comes after, are written out."""
+    if text.isprintable():
+        return text
+    steers = (sign for sign in {*text} if sign not in "\n\t" and (unicodedata.category(sign) == "Cc" or sign in TURNS))
+    return text.translate({ord(sign): sign.encode("unicode_escape").decode() for sign in steers})
 
 
 def printable(text: str) -> str:

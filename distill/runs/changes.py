@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from hydra import compose
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from distill.errors import UsageError
 from distill.progress import say
 from distill.runs.moved import renamed
+from distill.runs.records import PATHS
 
 IMAGES = "images.json"  # in a run's folder: what its images were
 FREE = (  # of other stages than training, of where things lie and of what a person sees
@@ -56,32 +57,6 @@ PATHS = (
     "test",
 )  # the last word of an option that names a file or folder
 SHOWN = 6
-
-
-def absolute(cfg: DictConfig) -> DictConfig:
-    """A copy of `cfg` with absolute paths: a run's record, which then goes on from any working directory."""
-    return _with_paths(cfg.copy(), _absolute)
-
-
-def at_hand(cfg: DictConfig) -> DictConfig:
-    """A copy with paths as one would type them here: relative to the working directory where they lie below it."""
-    return _with_paths(cfg.copy(), _relative)
-
-
-def _with_paths(cfg: DictConfig, written: Callable[[str], str]) -> DictConfig:
-    with open_dict(cfg):
-        for key in list(cfg):
-            value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
-            if isinstance(value, DictConfig):
-                _with_paths(value, written)
-            elif key in PATHS and isinstance(value, str) and value and "://" not in value:
-                cfg[key] = written(value)
-    return cfg
-
-
-def _relative(path: str) -> str:
-    here = os.getcwd() + os.sep
-    return path.removeprefix(here) if os.path.isabs(path) else path
 
 
 def _absolute(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import DamagedError
-from distill.files import MOST, read_json, read_yaml
+from distill.files import MOST, damaged, read_json, read_yaml
 from distill.runs import trust
 from distill.runs.moved import present, renamed
 
@@ -39,8 +40,16 @@ def read_record(folder: Path, changed: bool = False) -> dict:
     return record
 
 
+PATHS = ("root", "store", "folder", "checkpoint", "train", "val", "test")  # last words of options that name files
+CWD = "cwd"  # in run.json: the working directory, as the run's folder sees it
+
+
 def read_config(folder: Path, changed: bool = False) -> dict:
-    """A run's config.yaml; `changed`: also one that was changed since it was written.
+    """A run's config.yaml with the present names, its paths as one would type them in the present working directory: so
+    a run goes on from anywhere, and where it was moved to with what lies around it.
+
+    Args:
+        changed: also one that was changed since it was written.
 
     Raises:
         DamagedError: it is not one that a run wrote.
@@ -50,7 +59,21 @@ def read_config(folder: Path, changed: bool = False) -> dict:
         found = read_yaml(file, changed)
         absent = [key for key in ("data", "teacher", "student", "loss") if not isinstance(found.get(key), dict)]
         if absent:
-            raise DamagedError(f"{file} is damaged, or not one of ours (it says nothing of the {absent[0]})")
+            raise damaged(file, f"it says nothing of the {absent[0]}")
+    cwd = read_record(folder, changed).get(CWD, ".")
+    base = os.path.realpath(folder / cwd) if isinstance(cwd, str) and cwd != "." else os.getcwd()
+    return renamed(found if base == os.getcwd() else _rebased(found, base))
+
+
+def _rebased(node: dict, base: str) -> dict:
+    """Plain values with the paths that were relative to the folder `base`."""
+    found = {}
+    for key, value in node.items():
+        is_path = key in PATHS and isinstance(value, str) and value and "://" not in value
+        if is_path:
+            path = os.path.normpath(os.path.join(base, os.path.expanduser(value)))
+            value = path.removeprefix(os.path.join(os.getcwd(), ""))
+        found[key] = _rebased(value, base) if isinstance(value, dict) else value
     return found
 
 
@@ -121,7 +144,7 @@ def _continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> t
         trust.check(values, folder, given)
         trust.check_folders(values, folder, said)
     if (folder / "config.yaml").is_file():
-        saved = renamed(read_config(folder, changed))
+        saved = read_config(folder, changed)
         if not trusts:
             trust.check(saved, folder, given)  # before an expression in it becomes one
             trust.check_folders(saved, folder, said)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -23,8 +24,8 @@ from distill.networks.network import Network
 from distill.networks.weights import read_state, save_weights
 from distill.progress import leads, say
 from distill.runs import trust
-from distill.runs.changes import IMAGES, absolute, at_hand, refuse_changes
-from distill.runs.records import STARTING_POINT, continued, read_config, read_record, unforced, ways_on
+from distill.runs.changes import IMAGES, refuse_changes
+from distill.runs.records import CWD, STARTING_POINT, continued, read_config, read_record, unforced, ways_on
 from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
 from distill.signals import Ended
 
@@ -241,7 +242,6 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
     if (folder / "run.json").is_file() and (begun or cfg.run is not None):
         if cfg.run is not None:
             cfg, words = continued(folder, words, once["trust"], changed)
-            cfg = at_hand(cfg)
         record = read_record(folder, changed)
         commands = record.get("commands", [record["overrides"]])
         again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
@@ -253,11 +253,12 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
             record["forced"] = [*record.get("forced", []), *forced]
         record["overrides"] = words
         record["commands"] = commands if again else [*commands, command]
+    record[CWD] = os.path.relpath(os.getcwd(), folder.resolve())
     with open_dict(cfg):
         cfg.name, cfg.run = folder.name, None
         cfg.update(once)
     if leads():
-        write_yaml(folder / "config.yaml", OmegaConf.to_yaml(absolute(cfg), resolve=True))
+        write_yaml(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     return Run(folder, cfg, record)
 
 

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.errors import UserError
+from distill.errors import DamagedError, UserError
 from distill.files import MOST, damaged, read_json, read_yaml
+from distill.progress import say
 from distill.runs.records import read_record
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ TEXTS = ("name", "format", "measured")  # of a report's row
 def folders(root: str | Path = "outputs") -> list[Path]:
     """The folders of all runs under `root`, oldest first."""
     found = [file.parent for file in Path(root).rglob("run.json")]
-    return sorted(found, key=lambda folder: (read_record(folder)["created"], str(folder)))
+    return sorted(found, key=lambda folder: (read_record(folder, changed=True)["created"], str(folder)))
 
 
 def models(*roots: str | Path) -> pd.DataFrame:
@@ -49,7 +50,7 @@ def summary(*roots: str | Path) -> pd.DataFrame:
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
         row = {key: value for key, value in _identity(folder).items() if key != "folder"}
-        row["status"] = str(read_record(folder).get("status"))
+        row["status"] = str(_record(folder).get("status"))
         if (folder / "report.json").is_file():
             report = read_report(folder)
             by_name = {model["name"]: model for model in report["rows"]}
@@ -127,8 +128,18 @@ def _metrics(file: Path) -> pd.DataFrame:
         raise damaged(file, " ".join(str(error).split())[:200]) from None
 
 
+def _record(folder: Path) -> dict:
+    """A run's record; that it was changed since it was written is said."""
+    try:
+        return read_record(folder)
+    except DamagedError as error:
+        record = read_record(folder, changed=True)
+        say(f"warning: {str(error).partition(':')[0]}")
+        return record
+
+
 def _identity(folder: Path) -> dict:
-    record, cfg = read_record(folder), read_yaml(folder / "config.yaml")
+    record, cfg = _record(folder), read_yaml(folder / "config.yaml", changed=True)
     choices = all(isinstance(text, str) for text in record["choices"].values())
     if not (isinstance(cfg.get("loss"), dict) and type(cfg.get("seed")) is int and choices):
         raise damaged(folder / "config.yaml", "its loss or seed, or the record's choices")

@@ -26,7 +26,7 @@ def once(
     train: Callable[[Path], Mapping],
     load: Callable,
     said: str,
-    restart: bool,
+    restart: bool = False,
 ) -> nn.Module:
     """`net`, changed in place, with the weights that `train` gives it, or gave it before under the same description.
 
