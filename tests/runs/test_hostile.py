@@ -647,7 +647,7 @@ def test_an_onnx_file_reads_nothing_outside_of_its_folder(tmp_path):
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
         (tmp_path / "export" / "student.onnx").write_bytes(model.SerializeToString())
-        refused = pytest.raises(UserError, match="[Ee]xternal data path")
+        refused = pytest.raises(UserError, match="External data path")
         with contextlib.nullcontext() if place == "beside" else refused:
             onnx.load(tmp_path / "export" / "student.onnx")(torch.zeros(1, 4))
 
