@@ -76,9 +76,9 @@ def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
 
 
 def _is_still(name: str, folder: Path, size: float | None) -> bool:
-    """Whether a file of the report is in the folder: by a name as ours are, which may stand in a program's text."""
+    """Whether a file of the report is in the folder: by a name without signs, which may stand in a program's text."""
     path = folder / name
-    return bool(re.fullmatch(r"student[\w.-]*", name)) and path.is_file() and path.stat().st_size == size
+    return bool(re.fullmatch(r"\w[\w.-]*", name)) and path.is_file() and path.stat().st_size == size
 
 
 # columns of the terminal's table, those first that go first where there is no room for all
