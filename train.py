@@ -12,6 +12,7 @@ def main(cfg):
         from distill import compress, export
         from distill.cli import build, faults, forecast, pilots, rehearsal, roles
         from distill.compress.auto import exceeded
+        from distill.data.findings import left_out
         from distill.errors import UserError
         from distill.export.deploy import write_readme
         from distill.progress import leads, say
@@ -28,7 +29,8 @@ def main(cfg):
     ):
         cfg, folder = job.cfg, job.folder
         say(f"run: {folder}")
-        data = build.data(cfg.data)
+        data = build.data(cfg.data, read=job.does("check"))
+        job.check_images(data)
 
         pilots.check(cfg, job.record["overrides"], data)
         if job.does("check"):
@@ -47,7 +49,7 @@ def main(cfg):
 
         if job.does("cache"):
             roles.fill_cache(cfg, teacher, data)
-        if job.does("distill") and job.distilled():
+        if job.does("distill") and job.distilled(whole=True):
             say(f"distill: done before, {folder / run.STUDENT}")
         elif job.does("distill"):
             student, epochs = roles.distil(cfg, teacher, data, folder, loggers)
@@ -95,7 +97,8 @@ def main(cfg):
             helped = verdict.of(logits, labels)
             figures = diagnosis.figures(logits, labels, None if given else curves(folder))
             say(tables.table(rows))  # first: the disk may be full
-            context = job.context(data) | pilots.told(folder) | divergence.told(job.record.get("setbacks", ()))
+            setbacks = divergence.told(job.record.get("setbacks", ()))
+            context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
             page.write(rows, folder, context, failures + earlier, helped, figures)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)

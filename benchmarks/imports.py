@@ -26,7 +26,7 @@ ROOMS = (  # from the user down to the ground; imports point downwards only
         "losses",
         "schema",
     ),
-    *("files", "progress", "types", "errors"),
+    *("locks", "files", "progress", "signals", "types", "errors"),
 )
 
 

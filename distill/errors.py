@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """The command line or the configuration is wrong; exit code 2."""
+
+
+class DamagedError(UserError):
+    """A file of ours isn't what was written: a checksum differs, or it is cut short; exit code 1."""
+
+
+class UntrustedError(UserError):
+    """What isn't the user's own names code that isn't this package's; exit code 1."""

@@ -1,34 +1,79 @@
 """Files that are whole or not there, and files of others: read without running anything, and no more than expected."""
 
+import glob
 import hashlib
 import json
 import os
+import re
+import socket
+import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 
-from distill.errors import UsageError, UserError
+from distill.errors import DamagedError, UsageError, UserError
 
 PACKAGE = Path(__file__).parent
 CONF = str(PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf")  # this package's configuration
 MOST = 1_000_000  # bytes of a record of ours (run.json, config.yaml, fit.json); they have a few thousand
 
 
+DAY = 24 * 3600  # seconds after which another machine's temporary file is nobody's
+
+
+def _machine() -> str:
+    """This host and what numbers its processes: another boot or container of the same name is another one."""
+    numbering = b""
+    with suppress(OSError):
+        numbering = Path("/proc/sys/kernel/random/boot_id").read_bytes() + os.readlink("/proc/self/ns/pid").encode()
+    host = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:32] or "host"
+    return f"{host}-{hashlib.sha256(numbering).hexdigest()[:6]}"
+
+
+MACHINE = _machine()
+
+
+def lives(pid: int, since: int | None = None) -> bool:
+    """Whether a process of this machine runs: the one that `started` then, where that is known."""
+    if Path("/proc/self/stat").exists():
+        found = started(pid)
+        return found is not None and since in (None, found)
+    if os.name == "nt":  # where asking a process ends it
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def started(pid: int) -> int | None:
+    """When a process of this machine began, in the kernel's ticks; None where it is gone, or that is not known."""
+    try:
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+        return None if state in "ZX" else int(fields[18])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded temporary path; it takes `path`'s place only when all of it is on the disk.
 
-    A kill or a full disk leaves the old file as it was; a temporary file left by a kill is overwritten.
+    A kill or a full disk leaves the old file as it was. Of several processes that write it at once, on this machine or
+    on others, each has a temporary file of its own, and the last one's stays; what killed ones left is removed.
 
     Raises:
         OSError: it can't be written; `filename` is `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        stale.unlink(missing_ok=True)
+    temporary = own_temporary(path)
+    sweep(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -42,37 +87,119 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def own_temporary(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name}.{MACHINE}.{os.getpid()}.tmp")
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files of `path` whose writers are gone: known of this machine, by their age of others."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        machine, _, pid = left.name.removesuffix(".tmp").removeprefix(f".{path.name}.").rpartition(".")
+        with suppress(OSError):
+            ours = machine == MACHINE and pid.isdigit()
+            if not lives(int(pid)) if ours else time.time() - left.stat().st_mtime > DAY:
+                left.unlink()
+
+
+CHECKSUM = "checksum"  # in a file of ours: of all the rest that it says
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` with its checksum, whole or not at all; `read_json` compares it."""
+    with atomic(path) as temporary:
+        temporary.write_text(sealed(content), encoding="utf-8")
+
+
+def sealed(content: dict) -> str:
+    """`content` as JSON with its checksum."""
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_yaml(path: Path, text: str) -> None:
+    """YAML under a comment with its checksum, whole or not at all; `read_yaml` compares it."""
+    with atomic(path) as temporary:
+        temporary.write_text(f"{_YAML_HEAD}{_text_checksum(text)}\n{text}", encoding="utf-8")
+
+
+_YAML_HEAD = "# checksum of what follows: "  # above it: a file that is cut short keeps it
+
+
+def _text_checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def content_key(described) -> str:
     """16 hex digits for plain values: the name, or part of it, of what is made from them and from nothing else."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_stamp(path: Path, name: str) -> bytes:
-    """A line that changes when the file does: what it is called, its bytes and time of change."""
-    stat = os.stat(path)
-    return os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n")
+def stamp(stat: os.stat_result) -> tuple[int, int]:
+    """What changes when a file does: its bytes and time of change, ns."""
+    return stat.st_size, stat.st_mtime_ns
 
 
-def read_json(path: Path, most: int = 50 * MOST) -> dict:
-    """The JSON object in a file.
+def stamp_line(name: str, stamp: Sequence[int]) -> bytes:
+    """A line that changes when the file does, or what it is called."""
+    return f"{name}\t{stamp[0]}\t{stamp[1]}\n".encode("utf-8", "surrogateescape")
+
+
+def read_json(path: Path, most: int = 50 * MOST, changed: bool = False) -> dict:
+    """The JSON object in a file, without its checksum.
 
     Args:
         most: bytes that are read; a longer file is none of ours.
+        changed: also one that was changed since it was written.
 
     Raises:
-        UserError: it is missing, too long, or no JSON object.
+        UserError: it is missing, too long, no JSON object, or (DamagedError) not what `write_json` wrote.
     """
-    return _object(path, most, json.loads, "JSON")
+    found = _object(path, most, lambda text: json.loads(text, object_pairs_hook=_once, parse_constant=_number), "JSON")
+    checksum = found.pop(CHECKSUM, None)  # files of earlier versions have none
+    if checksum is not None and checksum != _checksum(found) and not changed:
+        raise damaged(path, "its checksum differs: was it changed by hand?")
+    return found
 
 
-def read_yaml(path: Path) -> dict:
+def _once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def damaged(path: Path, what: str) -> DamagedError:
+    """For a file of ours whose content makes no sense."""
+    return DamagedError(f"{path} is damaged, or not one of ours ({what})")
+
+
+def read_yaml(path: Path, changed: bool = False) -> dict:
     """The YAML mapping in a file: plain values only, without tags, anchors and aliases (a few aliases of aliases are
     gigabytes).
 
+    Args:
+        changed: also of one that was changed since it was written.
+
     Raises:
-        UserError: it is missing, too long, or no such mapping.
+        UserError: it is missing, too long, no such mapping, or (DamagedError) not what `write_yaml` wrote.
     """
-    return _object(path, MOST // 4, lambda text: yaml.load(text, Loader=_PlainLoader), "YAML")
+
+    def parse(text: str):
+        head, _, rest = text.partition("\n")
+        if head.startswith(_YAML_HEAD) and head[len(_YAML_HEAD) :] != _text_checksum(rest) and not changed:
+            raise ValueError("it was cut short or changed: its checksum differs")
+        return yaml.load(text, Loader=_PlainLoader)
+
+    return _object(path, MOST // 4, parse, "YAML")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -87,18 +214,22 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _object(path: Path, most: int, parse, kind: str) -> dict:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe's end may never come
+            raise ValueError("it is no file")
         with open(path, encoding="utf-8") as file:
             text = file.read(most + 1)
         if len(text) > most:
             raise ValueError(f"it is longer than {most:,} characters")
+        if not text.strip():
+            raise ValueError("it is empty")
         found = parse(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is damaged, or not one of ours ({reason[:200]}): delete it or its folder") from None
+        raise damaged(path, reason[:200]) from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged, or not one of ours ({kind} of a {type(found).__name__})")
+        raise damaged(path, "it is empty" if found is None else f"{kind} of a {type(found).__name__}")
     return found
 
 

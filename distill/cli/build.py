@@ -10,24 +10,35 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 
 from distill.data.base import Data
-from distill.progress import leads, say
+from distill.data.findings import uneven
+from distill.progress import few, leads, say
 from distill.types import in_px, plain_values
 
 LOADING = ("batch_size", "num_workers")  # options of conf/data that are the loaders', not the image set's
 
 
-def data(cfg: DictConfig) -> Data:
-    """The image set that a conf/data file describes, and how its images are loaded."""
+def data(cfg: DictConfig, read: bool = False) -> Data:
+    """The image set that a conf/data file describes, and how its images are loaded.
+
+    Args:
+        read: every image first, where they are files; what is damaged is left out.
+    """
     described = plain_values(cfg)
     loading = {key: described[key] for key in LOADING if key in described}
     for key in loading:
         if not _takes(cfg._target_, key):  # a function of the user's may
             del described[key]
+    if read and "corrupt" in described:
+        described["corrupt"] = "skip"
     found = replace(instantiate(described, _convert_="all"), **loading)
     say(
         f"data: {cfg._target_.rpartition('.')[2]}, {len(found.train):,} training, {len(found.val):,} validation and "
         f"{len(found.test):,} test images, {found.num_classes} classes, {in_px(found.image_size)}"
     )
+    if found.left_out and not read:
+        say(f"  {len(found.left_out):,} images are damaged and left out: {few(found.left_out)}")
+    if line := uneven(found):
+        say(f"  {line}")
     return found
 
 

@@ -5,6 +5,9 @@ import functools
 import gc
 import os
 import re
+import shlex
+import signal
+import subprocess
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,12 +20,14 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from hydra.types import RunMode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from distill import __version__
+from distill import __version__, signals
 from distill.cli import config, faults, help, seeds, streams
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
+from distill.progress import leads, shown
 from distill.runs.moved import present
+from distill.runs.records import forced
 from distill.schema.values import nearest
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
@@ -38,10 +43,12 @@ def command(job):
             present(cfg)
             config.check(cfg, list(HydraConfig.get().overrides.task))
             return job(cfg)
-        except KeyboardInterrupt:
-            folder = HydraConfig.get().runtime.output_dir
-            print(f"interrupted; python train.py run={folder} goes on", file=sys.stderr)
-            sys.exit(130)
+        except signals.Ended as end:
+            signals.leave()
+            folder = shlex.quote(HydraConfig.get().runtime.output_dir)
+            again = f"; {requeued}" if end.number == signal.SIGUSR1 and (requeued := _requeue()) else ""
+            print(f"{end}; python train.py run={folder} goes on{again}", file=sys.stderr, flush=True)
+            sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:
                 raise
@@ -63,9 +70,13 @@ def command(job):
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
-            sys.argv[1:] = seeds.spread(sys.argv[1:])
-            _refuse_words(sys.argv[1:])
-            hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
+            with signals.handled():
+                sys.argv[1:] = forced(seeds.spread(sys.argv[1:]))
+                _refuse_words(sys.argv[1:])
+                hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
+        except signals.Ended as end:  # before there was a run
+            print(end, file=sys.stderr)
+            sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:
                 raise
@@ -87,6 +98,19 @@ def importing():
         if first:
             gc.freeze()
             gc.enable()
+
+
+def _requeue() -> str | None:
+    """Ask SLURM to start this job again, with the same command, which goes on; what came of it."""
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID")
+    if job is None or not leads():
+        return None
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"job {job} is not queued again: {error}"
+    return f"job {job} is not queued again: {done.stderr.strip()}" if done.returncode else f"job {job} is queued again"
 
 
 def _asked_about(argv: list[str]) -> str | None:
@@ -123,7 +147,7 @@ def _tell(error: Exception) -> int:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     else:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    print("error: " + shown(" ".join(text.split())), file=sys.stderr, flush=True)
     return 2 if usage else 1
 
 

@@ -16,7 +16,7 @@ from distill.errors import UsageError
 from distill.files import CONF, config_dirs
 from distill.losses.weight import check_weight
 from distill.progress import leads
-from distill.runs.records import STARTING_POINT, continued, read_record
+from distill.runs.records import STARTING_POINT, continued, unforced
 from distill.schema.values import Problem, problems
 
 LEAST = 0.1  # of a weight of 1: the labels' part
@@ -102,7 +102,8 @@ def check(cfg: DictConfig, overrides: list[str]) -> None:
     continues = isinstance(cfg.get("run"), str)
     if continues:
         folder = Path(cfg.run)  # a stranger's, perhaps: its names are judged before any signature is read
-        cfg, _ = continued(folder, read_record(folder)["overrides"], overrides, cfg.trust)
+        overrides = unforced(overrides)
+        cfg, _ = continued(folder, overrides, cfg.trust, cfg.trust or cfg.force)
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         key = sorted(missing)[0]

@@ -22,6 +22,11 @@ def told(cfg: DictConfig, folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         goes_on = f"python train.py run={folder} goes on"
+        if found := re.search(r"(\S+) does not have a deterministic implementation", _said(error)):
+            raise UserError(
+                f"deterministic=true: {found[1]} has no such form here: do without the loss, network or augmentation "
+                "that uses it, or without deterministic=true"
+            ) from error
         if exhausted(error):
             raise UserError(f"{memory(error)}: free some, and {goes_on}{_smaller(cfg)}") from error
         if worker(error):

@@ -12,10 +12,12 @@ from distill.cli import roles
 from distill.cli.disk import room
 from distill.cli.rehearsal import Tried, members, rehearse, stand_in, step
 from distill.data.base import Data
+from distill.data.findings import findings
+from distill.errors import UserError
 from distill.losses.terms import build_losses
 from distill.networks.build import build_network
 from distill.networks.weights import serialised_bytes
-from distill.progress import leads, say
+from distill.progress import few, leads, say
 from distill.runtimes.measure import macs, parameters
 from distill.training.connect import connect
 from distill.training.precision import on_cpu
@@ -26,8 +28,17 @@ UNITS = {"h": 3600, "min": 60, "s": 1}
 
 
 def tell(cfg: DictConfig, data: Data, folder: Path) -> None:
-    """A rehearsal; then a line for each network, each training, the cache and the disk. Only the run's record is
-    written."""
+    """What is to be said of the images; a rehearsal; then a line for each network, each training, the cache and the
+    disk. Only the run's record is written.
+
+    Raises:
+        UserError: images are damaged, and data.corrupt=stop; or what `rehearse` raises.
+    """
+    for line in findings(data) if leads() else ():
+        say(f"  {line}")
+    if data.left_out and cfg.data.get("corrupt") == "stop":
+        count = f"{len(data.left_out):,} images can't be read" if len(data.left_out) > 1 else "an image can't be read"
+        raise UserError(f"{count}: {few(data.left_out)}; mend or remove, or leave them out by data.corrupt=skip")
     if not leads():
         return
     tried, writes = rehearse(cfg, data, folder)

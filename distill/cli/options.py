@@ -64,10 +64,13 @@ class Run:
     baseline: bool
     select: Literal["best", "last"]
     ema: BelowOne | None
+    deterministic: bool
     compile: bool
     early_stopping: Count | None
     on_divergence: Literal["stop", "back"]
     checkpoint_every: Count
+    restart: bool
+    force: bool
     trust: bool
     store: str
     augment: dict

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from math import ceil, floor
@@ -17,10 +17,10 @@ from distill import types
 from distill.cli import build, roles
 from distill.data.base import Data
 from distill.errors import UsageError
-from distill.files import atomic, read_json
+from distill.files import damaged, read_json, write_json
 from distill.networks.build import build_network
 from distill.progress import leads, say
-from distill.runs import verdict
+from distill.runs import trust, verdict
 from distill.runtimes.measure import predict
 from distill.teachers.base import Teacher
 from distill.training.divergence import Diverged
@@ -36,7 +36,7 @@ class Candidate:
     """A way to train the student: the run's words with some more, and a factor of the learning rate."""
 
     def __init__(self, cfg: DictConfig, words: list[str], own: list[str], rate: float):
-        self.cfg = compose("train", [*own, *words])
+        self.cfg = _composed(own, words, cfg)
         with open_dict(self.cfg):
             self.cfg.name, self.cfg.run, self.cfg.stages, self.cfg.trust = cfg.name, cfg.run, cfg.stages, cfg.trust
             self.cfg.optimizer.lr = cfg.optimizer.lr * rate
@@ -66,6 +66,19 @@ def candidates(cfg: DictConfig, own: list[str]) -> list[Candidate]:
         found.append(Candidate(cfg, described["words"], words, described["rate"]))
     if not any(each.alone for each in found):
         found.insert(0, Candidate(cfg, ALONE, _without_teacher(own), 1))
+    return found
+
+
+def _composed(own: list[str], words: list[str], cfg: DictConfig) -> DictConfig:
+    """The run's configuration with a candidate's words. Where a run is continued, they are its folder's, perhaps a
+    stranger's, and may not name more than the run's own words do."""
+    judged = not cfg.trust and any(word.startswith("run=") for word in sys.argv[1:])
+    if judged:
+        trust.check_words(words, FILE)
+    found = compose("train", [*own, *words])
+    if judged:
+        trusted = set(trust.targets(types.plain_values(cfg)))
+        trust.check(types.plain_values(found), "recipe.candidates", trusted)
     return found
 
 
@@ -137,8 +150,24 @@ def settle(
 
 def told(folder: Path) -> dict:
     """What the report says of the pilots."""
-    found = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    found = _read(folder / FILE)
     return {"recipe": "; ".join(" ".join(line.split()) for line in found["table"])} if "table" in found else {}
+
+
+def _read(path: Path) -> dict:
+    """What a search wrote, or nothing where none did.
+
+    Raises:
+        UserError: it is not what one writes.
+    """
+    found = {"pilots": {}} if not path.is_file() else read_json(path)
+    kinds = {"candidate": str, "epochs": int, "accuracy": float, "seconds": float, "right": str}
+    pilots, table = found.get("pilots"), found.get("table", [])
+    rows = pilots.values() if isinstance(pilots, dict) else [None]
+    good = all(isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in kinds.items()) for row in rows)
+    if not good or not isinstance(table, list) or not all(isinstance(line, str) for line in table):
+        raise damaged(path, "its pilots or its table")
+    return found
 
 
 class Search:
@@ -148,7 +177,7 @@ class Search:
         self.tried, self.plan, self.full, self.teacher, self.data = tried, plan, full, teacher, data
         self.usual = next((number for number, each in enumerate(tried) if not each.words), 0)
         self.folder, self.file = folder / "pilots", folder / FILE
-        self.found = read_json(self.file)["pilots"] if self.file.is_file() else {}
+        self.found = _read(self.file)["pilots"]
 
     def run(self) -> tuple[int, int, list[str]]:
         """The best candidate, the best student alone, and what there is to say."""
@@ -221,8 +250,7 @@ class Search:
 
     def write(self, **more) -> None:
         if leads():
-            with atomic(self.file) as temporary:
-                temporary.write_text(json.dumps({"pilots": self.found, **more}, indent=1, ensure_ascii=False), "utf-8")
+            write_json(self.file, {"pilots": self.found, **more})
 
     def table(self) -> list[str]:
         """What was tried and what it cost, the longest and best first."""

@@ -1,7 +1,7 @@
 """Who is trained in a run: the teacher, the student alone, the student that is taught."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -235,10 +235,10 @@ def finetuning(
 def recipe(cfg: DictConfig) -> Recipe:
     """How the student is trained."""
     trainer = types.plain_values(cfg.trainer)
-    epochs = trainer.pop("max_epochs")
-    same = ("seed", "select", "ema", "early_stopping", "on_divergence", "compile", "checkpoint_every")
-    described = {key: types.plain_values(cfg[key]) for key in ("optimizer", "schedule", "parameters", *same)}
-    return Recipe(epochs, trainer=trainer, **described)
+    if cfg.deterministic:
+        trainer["deterministic"] = True
+    epochs, same = trainer.pop("max_epochs"), {field.name for field in fields(Recipe)} - {"epochs", "trainer"}
+    return Recipe(epochs, trainer=trainer, **{name: types.plain_values(cfg[name]) for name in same})
 
 
 def answers(cfg: DictConfig) -> Answers:
@@ -247,8 +247,10 @@ def answers(cfg: DictConfig) -> Answers:
 
 
 def _images(cfg: DictConfig) -> dict:
-    """What configuration says of the images, for a key: without what changes no bit, [N, N] being N."""
-    images = {key: value for key, value in types.plain_values(cfg.data).items() if key != "num_workers"}
+    """What configuration says of the images, for a key: without what changes no bit and where they lie, [N, N] being
+    N."""
+    elsewhere = ("num_workers", "root", "store", "train", "val", "test")
+    images = {key: value for key, value in types.plain_values(cfg.data).items() if key not in elsewhere}
     if isinstance(images.get("image_size"), list):
         images["image_size"] = types.checked_size(images["image_size"])
     return images
@@ -265,7 +267,8 @@ def _fit_once(cfg: DictConfig, one: Fitting, data: Data) -> Network:
         say(f"{name}: fitting {kind} on the labels for {epochs} epochs → {folder / 'weights.safetensors'}")
         return fit(network, None, one.losses, data, one.recipe, folder)[one.recipe.select]
 
-    once(network.net, one.place(cfg), one.decides(cfg, data), train, load_weights, f"{name}: fitted")
+    said, restart = f"{name}: fitted", one.recipe.restart
+    once(network.net, one.place(cfg), one.decides(cfg, data), train, load_weights, said, restart)
     return network.record(()).eval()
 
 

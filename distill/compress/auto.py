@@ -7,7 +7,6 @@ validation images, the smallest first, until one is accurate enough. What was ch
 later command exports the same, although times measured again would differ.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from distill.compress.tuning import tuning
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.files import atomic, content_key, parse_bytes
+from distill.files import content_key, parse_bytes, read_json, write_json
 from distill.networks.sources import describe
 from distill.networks.weights import content_hash
 from distill.progress import say
@@ -162,8 +161,7 @@ def auto(
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         record = {"key": key, "chosen": found.index(chosen), "found": [asdict(one) for one in found]}
-        with atomic(kept) as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+        write_json(kept, record)
     return result
 
 
@@ -201,12 +199,13 @@ def exceeded(rows: Iterable, names: Iterable[str], bytes: int | str | None, late
 def _recall(kept: Path | None, key: str) -> tuple[list[Candidate], Candidate | None]:
     """All candidates and the chosen one of an earlier search under `key`; [] and None where there was none."""
     try:
-        record = json.loads(kept.read_text()) if kept is not None else {}
+        record = read_json(kept) if kept is not None and kept.exists() else {}
         if record.get("key") != key:
             return [], None
         found = [Candidate(**one) for one in record["found"]]
         return found, found[record["chosen"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, or not one of ours
+    except (UserError, LookupError, TypeError) as error:
+        say(f"  warning: the search begins anew: {error if isinstance(error, UserError) else f'{kept} is damaged'}")
         return [], None
 
 

@@ -22,6 +22,7 @@ from distill.schema.ranges import Count, Number, PositiveRange, ShareRange
 from distill.types import ImageSize, sides
 
 SMALL = 64  # px: images up to this side are kept in memory and worked on a batch at a time
+LONGEST = 32  # times: of an image's side, in proportion, that is resized as a whole
 _TRIES = 10
 
 
@@ -226,7 +227,8 @@ class CenterCrop:
     def __call__(self, images: Sequence[Tensor], uniforms: Tensor, size: ImageSize) -> Tensor:
         """N images (C, H, W) uint8 of any sizes, uniforms (N, 0): (N, C, H, W) uint8."""
         covered = self.covered(size)
-        resized = [F.resize(image, covering(image.shape[1:], covered), antialias=True) for image in images]
+        middles = (_middle_part(image, covered) for image in images)
+        resized = [F.resize(image, covering(image.shape[1:], covered), antialias=True) for image in middles]
         return torch.stack([F.center_crop(image, sides(size)) for image in resized])
 
     def covered(self, size: ImageSize) -> tuple[int, int]:
@@ -234,6 +236,17 @@ class CenterCrop:
         # a quotient times its divisor may be a bit more
         height, width = (math.ceil(round(self.resize * side, 6)) for side in sides(size))
         return height, width
+
+
+def _middle_part(image: Tensor, wanted: tuple[int, int]) -> Tensor:
+    """Of an image that is LONGEST times as long as its shape would be, or more: the middle. Resized until it covers
+    what is wanted, a line of 1 × 20,000 px would be of billions."""
+    height, width = image.shape[1:]
+    high, wide = wanted
+    most = [max(1, LONGEST * width * high // wide), max(1, LONGEST * height * wide // high)]
+    if height <= most[0] and width <= most[1]:
+        return image
+    return F.center_crop(image, [min(height, most[0]), min(width, most[1])])
 
 
 def covering(image: Sequence[int], wanted: tuple[int, int]) -> list[int]:

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from distill import signals
 from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip, chain
 from distill.data.batches import EpochBatches, ViewBatches
 from distill.data.draws import draws
-from distill.data.files import Encoded, check
+from distill.data.files import CorruptImage, Encoded, check
 from distill.data.pack import Packed, pack, read_small
+from distill.data.survey import Survey, survey
 from distill.errors import UsageError, UserError
+from distill.progress import few
+from distill.schema.ranges import OnCorrupt
 from distill.types import Batch, ImageSize, checked_size, in_px, sides
 
 WAIT = 600  # seconds for a batch from a process that loads images: one that hangs would be waited for without end
@@ -34,6 +38,7 @@ class Split(Dataset):
             an image (distill/data/augment.py), in training a Chain; None: the images as they are.
         training: report rows and views, and let the view decide the uniforms; otherwise index -1, view 0.
         seed: of the views.
+        source: files that images in memory were decoded from.
     """
 
     images: Tensor | Encoded | Packed
@@ -42,6 +47,7 @@ class Split(Dataset):
     transform: Callable | None = None
     training: bool = False
     seed: int = 0
+    source: Encoded | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,6 +89,8 @@ class Data:
     Args:
         batch_size, num_workers: of its loaders; who makes the set leaves them out, see distill/cli/build.py.
             num_workers=None: 2, and none for images in memory.
+        left_out: name and reason of each image that is damaged and belongs to no split.
+        surveys: of train, val and test, where all images were read.
     """
 
     classes: list[str]
@@ -92,6 +100,8 @@ class Data:
     test: Split
     batch_size: int = 64
     num_workers: int | None = None
+    left_out: tuple[str, ...] = ()
+    surveys: Mapping[str, Survey] | None = None
 
     def __post_init__(self):
         if self.num_workers is None:
@@ -163,6 +173,7 @@ class Data:
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=signals.left_to_parent,
             timeout=WAIT if self.num_workers else 0,
             pin_memory=torch.cuda.is_available() and not getattr(split.images, "is_cuda", False),
         )
@@ -201,8 +212,10 @@ def from_arrays(
 def from_encoded(
     classes: Sequence[str],
     images: Encoded,
-    labels: Tensor,
-    rows: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    fractions: Mapping[str, float],
+    split_seed: int,
+    corrupt: OnCorrupt,
     image_size: ImageSize | None,
     pack_size: ImageSize | None,
     store: str | None,
@@ -211,21 +224,79 @@ def from_encoded(
     """An image set of encoded images: in memory if they are small, packed if asked to, else decoded batch by batch.
 
     Args:
-        labels: (N,) int64, of all images.
-        rows: of train, val and test, (n,) int64 each.
+        labels: (n,) int64 of each split that is given, in the order of the images: train and, if there, val and test.
+        fractions: of train, for val and test where they are cut.
+        corrupt: "skip": all are read first, and what is damaged is left out before anything is cut.
         image_size: None: that of the images if all are equal and at most 64 px, otherwise 224.
         pack_size: of packed images, from which views are cropped; None: images are not packed.
         store: folder of packs.
     """
-    lengths = [len(part) for part in rows.values()]
-    if pack_size is None:
-        pixels = read_small(images.select(torch.cat(list(rows.values()))), image_size, store)
-        if pixels is not None:
-            pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
-            return from_arrays(classes, *pairs, augment)
+    found, left = None, ()
+    if corrupt == "skip":
+        images, labels, found, left = _whole(classes, images, labels, store)
+    rows = hold_out(labels, fractions, split_seed, classes)
+    every = torch.cat(list(labels.values()))
+    data = _small(classes, images, every, rows, image_size, store, augment) if pack_size is None else None
+    if data is None:
+        if pack_size is None and found is None:  # else all have been decoded, or are now
+            check(images, torch.cat([rows["val"], rows["test"]]), store)
+        data = _large(classes, images, every, rows, image_size, pack_size, store, augment)
+    surveys = None if found is None else {split: found.select(part.numpy()) for split, part in rows.items()}
+    return replace(data, left_out=left, surveys=surveys)
 
-    if pack_size is None:  # else all are decoded now
-        check(images, torch.cat([rows["val"], rows["test"]]), store)
+
+def _whole(
+    classes: Sequence[str], images: Encoded, labels: Mapping[str, Tensor], store: str | None
+) -> tuple[Encoded, dict[str, Tensor], Survey, tuple[str, ...]]:
+    """What of images and labels can be decoded, what was found, and why each of the others can't."""
+    found = survey(images, store)
+    whole = ~torch.from_numpy(found.corrupt)
+    rows = whole.split([len(part) for part in labels.values()])
+    kept = {split: part[mine] for (split, part), mine in zip(labels.items(), rows, strict=True)}
+    for split, part in labels.items():
+        lost = set(part.unique().tolist()) - set(kept[split].unique().tolist())
+        if lost:
+            names = few([classes[label] for label in sorted(lost)])
+            raise UserError(f"no image of {split} can be read in {len(lost)} classes ({names}): mend or remove them")
+    return images.select(whole.nonzero()[:, 0]), kept, found.select(whole.numpy()), tuple(found.reasons)
+
+
+def _small(
+    classes: Sequence[str],
+    images: Encoded,
+    labels: Tensor,
+    rows: Mapping[str, Tensor],
+    image_size: ImageSize | None,
+    store: str | None,
+    augment: Mapping[str, Callable] | None,
+) -> Data | None:
+    """In memory; None: they are too large for that."""
+    lengths = [len(part) for part in rows.values()]
+    try:
+        pixels = read_small(images.select(torch.cat(list(rows.values()))), image_size, store)
+    except CorruptImage:
+        check(images, torch.arange(len(images)), None)  # says how many there are
+        raise
+    if pixels is None:
+        return None
+    pairs = zip(pixels.split(lengths), (labels[part] for part in rows.values()), strict=True)
+    data = from_arrays(classes, *pairs, augment)
+    for split, part in rows.items():
+        getattr(data, split).source = images.select(part)
+    return data
+
+
+def _large(
+    classes: Sequence[str],
+    images: Encoded,
+    labels: Tensor,
+    rows: Mapping[str, Tensor],
+    image_size: ImageSize | None,
+    pack_size: ImageSize | None,
+    store: str | None,
+    augment: Mapping[str, Callable] | None,
+) -> Data:
+    """Packed, or decoded batch by batch."""
     size, packed = image_size or 224, None
     if pack_size is not None:
         room = min(packed / side for packed, side in zip(sides(pack_size), sides(size), strict=True))

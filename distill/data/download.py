@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import pad
 
 from distill.data.base import Data, cut, from_arrays
 from distill.errors import UserError
+from distill.locks import alone
 
 
 def published(
@@ -53,7 +53,7 @@ def fetch(dataset: type, root: str, remedy: str) -> tuple[list[str], tuple[Tenso
             train, test = dataset(folder, train=True), dataset(folder, train=False)
         except Exception:  # missing, or not what its checksum says
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{dataset.__name__}.lock"):  # several processes may want it at once
+            with alone(folder / f".{dataset.__name__}.lock", dataset.__name__):
                 train, test = dataset(folder, train=True, download=True), dataset(folder, train=False)
     except Exception as error:  # torchvision raises RuntimeError, URLError, AssertionError, EOFError …
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,20 +1,26 @@
 """Your own images: a folder for each class, in one folder or in train/, val/ and test/."""
 
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from distill.data.base import Data, from_encoded, hold_out
-from distill.data.files import Files
+from distill.data.base import Data, from_encoded
+from distill.data.files import SUFFIXES, Files
 from distill.errors import UserError
-from distill.progress import say
-from distill.schema.ranges import Inside, Seed, Sides
+from distill.files import stamp
+from distill.progress import few, printable, say
+from distill.schema.ranges import Inside, OnCorrupt, Seed, Sides
 from distill.types import checked_size, sides
 
+LITTER = (  # what systems leave in folders of images; hidden files besides
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"),
+    *("lost+found", "__pycache__"),
+)
 _SPLITS = {  # in whatever case
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -31,6 +37,7 @@ def imagefolder(
     augment: Mapping[str, Callable] | None = None,
     pack: Sides | None = None,
     store: str | None = None,
+    corrupt: OnCorrupt = "stop",
 ) -> Data:
     """Images of every mode as RGB; classes are the folders' names in order, and the same in every split.
 
@@ -49,6 +56,8 @@ def imagefolder(
         pack: px, as `image_size`: to which large images are resized and cropped once, so that no batch has to decode
             them; what is outside of that middle part is never seen. None: they are decoded every time.
         store: folder that keeps decoded arrays for the next run; None: nothing is kept.
+        corrupt: what to do about images that can't be decoded: "stop", or "skip": all are read first (which `store`
+            remembers), and the damaged are left out before anything is cut. What becomes damaged later ends the run.
 
     Raises:
         UserError: the folder is missing, empty, unreadable or not laid out as said, a file is there twice, an image
@@ -61,16 +70,16 @@ def imagefolder(
     base = Path(root).expanduser().absolute()
     listed = {split: _class_files(folder, base) for split, folder in _split_folders(base).items()}
     classes = _same_classes(listed)
-    _refuse_twice(base, listed)
 
     names = [name for found in listed.values() for files in found.values() for name in files]
-    labels = {split: _labels(found) for split, found in listed.items()}
-    rows = hold_out(labels, {"val": val_fraction, "test": test_fraction}, split_seed, classes)
+    stamps = _stamps(base, names)
     return from_encoded(
         classes,
-        Files(base, names, max(sides(image_size or 224))),
-        torch.cat(list(labels.values())),
-        rows,
+        Files(base, names, max(sides(image_size or 224)), stamps),
+        {split: _labels(found) for split, found in listed.items()},
+        {"val": val_fraction, "test": test_fraction},
+        split_seed,
+        corrupt,
         image_size,
         pack,
         store,
@@ -90,7 +99,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if not any(found.values()):
         sets = [path.name for path in inside if any(_is_split(each, "train") for each in _folders(path))]
         if sets:
-            raise UserError(f"{root} holds data sets ({_few(sets)} have training images): set data.root to one of them")
+            raise UserError(f"{root} holds data sets ({few(sets)} have training images): set data.root to one of them")
         return {"train": root}
     if not found["train"]:
         raise UserError(f"{root} has {', '.join(p.name for ps in found.values() for p in ps)} but no folder 'train'")
@@ -101,7 +110,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     chosen = {split: folders[0] for split, folders in found.items() if folders}
     left = [path.name for path in inside if path not in chosen.values()]
     if left:
-        say(f"  {root}: {_few(left)} beside {', '.join(path.name for path in chosen.values())} are left out")
+        say(f"  {root}: {few(left)} beside {', '.join(path.name for path in chosen.values())} are left out")
     return chosen
 
 
@@ -114,7 +123,18 @@ def _folders(path: Path) -> list[Path]:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
     except OSError as error:
         raise _unreadable(error) from None
-    return [Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return [Path(entry.path) for entry in entries if _is_folder(entry) and not _is_litter(entry.name)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LITTER
 
 
 def _unreadable(error: OSError) -> UserError:
@@ -128,7 +148,7 @@ def _class_files(folder: Path, root: Path) -> dict[str, list[str]]:
         raise UserError(f"{folder} has {len(found)} class folders, at least 2 are needed: FOLDER/CLASS/IMAGE.jpg")
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise UserError(f"no images in {len(empty)} class folders of {folder}: {_few(empty)}; fill or remove them")
+        raise UserError(f"no images in {len(empty)} class folders of {folder}: {few(empty)}; fill or remove them")
     return found
 
 
@@ -147,23 +167,36 @@ def _images(folder: Path, above: tuple[str, ...] = ()) -> list[str]:
         raise _unreadable(error) from None
     found = []
     for entry in entries:
-        if entry.is_dir():
+        if _is_litter(entry.name):
+            continue
+        if _is_folder(entry):
             found += _images(Path(entry.path), (*above, here))
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
+        elif entry.name.lower().endswith(SUFFIXES):
             found.append(entry.path)
     return sorted(found)
 
 
-def _refuse_twice(base: Path, listed: dict[str, dict[str, list[str]]]) -> None:
-    """Raises UserError where a file is there twice, by links: it could be in training and in test."""
+def _stamps(base: Path, names: list[str]) -> np.ndarray:
+    """(N, 2) int64: bytes and time of change of each.
+
+    Raises:
+        UserError: a file is none, or is there twice, by links: it could be in training and in test.
+    """
     places: dict[tuple[int, int], str] = {}
-    for name in (name for found in listed.values() for files in found.values() for name in files):
+    stamps = np.empty((len(names), 2), np.int64)
+    for row, name in enumerate(names):
+        path = printable(str(base / name))
         try:
-            stat = os.stat(base / name)
+            found = os.stat(base / name)
         except OSError as error:
-            raise UserError(f"cannot read the image {base / name} ({error.strerror}): mend or remove it") from None
-        if stat.st_ino and (first := places.setdefault((stat.st_dev, stat.st_ino), name)) != name:
-            raise UserError(f"{first} and {name} in {base} are the same file: remove one, or copy it if both are meant")
+            raise UserError(f"cannot read the image {path} ({error.strerror}): mend or remove it") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"cannot read the image {path} (it is no file, but a pipe or a device): remove it")
+        if found.st_ino and (first := places.setdefault((found.st_dev, found.st_ino), name)) != name:
+            both = f"{printable(first)} and {printable(name)} in {base}"
+            raise UserError(f"{both} are the same file: remove one, or copy it if both are meant")
+        stamps[row] = stamp(found)
+    return stamps
 
 
 def _same_classes(listed: dict[str, dict[str, list[str]]]) -> list[str]:
@@ -173,7 +206,7 @@ def _same_classes(listed: dict[str, dict[str, list[str]]]) -> list[str]:
             absent = sorted(set(classes) - set(found))
             extra = sorted(set(found) - set(classes))
             raise UserError(
-                f"the classes of {split} and train differ: missing {_few(absent)}; extra {_few(extra)}; "
+                f"the classes of {split} and train differ: missing {few(absent)}; extra {few(extra)}; "
                 "every split needs the same class folders"
             )
     return classes
@@ -182,7 +215,3 @@ def _same_classes(listed: dict[str, dict[str, list[str]]]) -> list[str]:
 def _labels(found: dict[str, list[str]]) -> Tensor:
     counts = torch.tensor([len(files) for files in found.values()])
     return torch.arange(len(found)).repeat_interleave(counts)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

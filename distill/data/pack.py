@@ -4,6 +4,7 @@ The file is NumPy's .npy, named by a hash of what was packed: names, sizes, time
 share its pages, and the next run opens it at once.
 """
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -15,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from distill.data.augment import SMALL, CenterCrop
 from distill.data.files import Encoded, tensor
 from distill.files import atomic
+from distill.locks import alone
 from distill.progress import say
 from distill.types import ImageSize, checked_size, in_px, sides
 
@@ -45,6 +46,9 @@ class Packed:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.pixels[self.rows[rows.numpy()]]))
+
+    def entries(self) -> tuple[list[str], list[int]]:
+        return self.source.entries()
 
     def listing(self) -> bytes:
         size = checked_size(self.pixels.shape[2:])
@@ -74,18 +78,17 @@ def read_small(images: Encoded, size: ImageSize | None, store: str | None) -> Te
         pixels = _small(images, space, resize=size is not None)
         return None if pixels is None else torch.from_numpy(pixels)
     path = _path(store, images, f"small {size}")
+    shape = (len(images), 3, *space)
     pixels = None
     try:
-        if (there := _open(path)) is not None:  # without the lock: a folder that can't be written to is read
-            return torch.from_numpy(there)
-        with _lock(path):
-            pixels = _open(path)
+        with _alone(path, shape):
+            pixels = _open(path, shape)
             if pixels is None:
                 pixels = _small(images, space, resize=size is not None)
                 if pixels is None:
                     return None
-                _write(path, pixels.shape, [pixels])
-                pixels = _open(path)
+                _write(path, shape, [pixels])
+                pixels = _open(path, shape)
     except OSError as error:
         say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are kept in memory")
         if pixels is None:
@@ -100,16 +103,14 @@ def pack(images: Encoded, size: ImageSize, store: str) -> np.memmap | None:
         None where it can't be written: said, and the images are to be decoded as they are.
     """
     path = _path(store, images, f"squares {size}")
+    shape = (len(images), 3, *sides(size))
     try:
-        if (there := _open(path)) is not None:
-            return there
-        with _lock(path):
-            pixels = _open(path)
+        with _alone(path, shape):
+            pixels = _open(path, shape)
             if pixels is None:
-                shape = (len(images), 3, *sides(size))
                 say(f"packing {len(images):,} images at {in_px(size)}, {math.prod(shape) / 1e9:.2f} GB → {path}")
                 _write(path, shape, _middles(images, size))
-                pixels = _open(path)
+                pixels = _open(path, shape)
             return pixels
     except OSError as error:
         say(f"warning: images can't be packed into {path.parent} ({_reason(error)}): they are decoded every time")
@@ -147,25 +148,35 @@ def _path(store: str, images: Encoded, what: str) -> Path:
     return Path(store).expanduser().absolute() / f"{key[:16]}.npy"
 
 
-def _lock(path: Path) -> FileLock:
-    """Several processes may want the same pack at once: one makes it."""
+def _alone(path: Path, shape: tuple[int, ...]) -> contextlib.AbstractContextManager:
+    """Nobody else where a pack is to be made; one that is there is read, also where nothing can be written."""
+    if _open(path, shape) is not None:
+        return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_suffix(".lock"))
+    return alone(path.with_suffix(".lock"), "packed images")
 
 
-def _open(path: Path) -> np.memmap | None:
-    """The array, or None where there is none or the file is not as long as its header says."""
+def _open(path: Path, shape: tuple[int, ...]) -> np.memmap | None:
+    """The array, or None where there is none or the file isn't what `_write` makes of such a one."""
     try:
-        return np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+        pixels = np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+        right = isinstance(pixels, np.memmap) and pixels.dtype == np.uint8 and pixels.shape == shape
+        if right and pixels.flags.c_contiguous and path.stat().st_size == pixels.offset + pixels.nbytes:
+            return pixels
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError):
-        say(f"packed images: {path} is damaged; it is made anew")
-        return None
+    except OSError:
+        raise
+    except Exception:  # of a damaged header NumPy raises nearly everything, TokenError included
+        pass
+    say(f"packed images: {path} is damaged; it is made anew")
+    return None
 
 
 def _write(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
     """Written, not mapped: on a full disk a mapped file kills the process instead of raising."""
+    if path.exists():
+        say(f"packed images: {path} is damaged; it is made anew")
     if shutil.disk_usage(path.parent).free < math.prod(shape):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with atomic(path) as temporary, open(temporary, "wb") as file:

@@ -17,6 +17,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
 from distill.errors import UserError
+from distill.progress import say
 from distill.runtimes.artifact import MOST, Artifact, Model, describe, publish, read_zipped
 
 FLOW = "fx"
@@ -56,7 +57,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         publish(script_file, buffer.getvalue(), net, example)
         publish(lite_file, lite._save_to_buffer_for_lite_interpreter(_extra_files=extra), net, example)
     if note:
-        print(f"  {lite_file.path.name}: {note}", flush=True)
+        say(f"  {lite_file.path.name}: {note}")
     return [script_file, lite_file]
 
 

@@ -1,19 +1,27 @@
 """Networks from what configuration says of them."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from distill.errors import UsageError
+from distill.errors import UsageError, UserError
 from distill.networks.network import Network
 from distill.networks.taps import heads, infer_taps, out_of_place
 from distill.networks.weights import load_weights
 from distill.progress import say
 from distill.types import ImageSize, plain_values, sides
 
+ROOM, MODULES = 64_000_000, 20_000  # of a network from a file, beyond what the file holds
 ROLE_KEYS = ("checkpoint", "fit", "precision", "untrained", "taps", "mean", "std")
 
 
@@ -43,6 +51,41 @@ def build_network(cfg: DictConfig, classes: int, image_size: ImageSize, seed: in
     role = cfg._get_full_key(None) or None  # where it lies in the configuration
     wrapped = Network(net, taps, described["mean"], described["std"], image_size, role)
     return wrapped.to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def built_from(file: Path) -> Iterator[None]:
+    """Around building the network that a file, perhaps a stranger's, describes and holds the weights of: one that is a
+    thousand times as large as the file is given up before its memory is touched.
+
+    Raises:
+        UserError: it is, or what is described can't be built.
+    """
+    size = file.stat().st_size
+    left = {"bytes": 4 * size + ROOM, "modules": MODULES}  # a file may hold halves, and lack an auxiliary classifier
+
+    def count(kind: str, amount: int) -> None:
+        left[kind] -= amount
+        if left[kind] < 0:
+            raise UserError(f"a network of more {kind} than a file of {size:,} bytes holds")
+
+    def tensors(module, name, value):
+        count("bytes", 0 if value is None else value.numel() * value.element_size())
+
+    hooks = [
+        register_module_parameter_registration_hook(tensors),
+        register_module_buffer_registration_hook(tensors),
+        register_module_module_registration_hook(lambda module, name, inner: count("modules", 1)),
+    ]
+    try:
+        yield
+    except Exception as error:  # whatever a network's constructor, or its first images, make of odd arguments
+        known = error if isinstance(error, UserError) else error.__cause__
+        reason = str(known) if isinstance(known, UserError) else f"{type(known or error).__name__}: {known or error}"
+        raise UserError(f"{file} describes what is not built: {' '.join(reason.split())[:200]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _parameters(target: str) -> Mapping:

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import math
+import os
 import pickle
 import struct
 import warnings
@@ -16,8 +18,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.errors import UserError
-from distill.files import atomic
+from distill.errors import DamagedError, UserError
+from distill.files import CHECKSUM, atomic
 from distill.types import grid
 
 # Where a training program keeps its state dict; of several the first, averaged weights last.
@@ -43,6 +45,8 @@ STATE_KEYS = (
 SECOND_CHOICE = ("teacher", "ema", "momentum", "target", "averag")
 EXTRA = "_extra_state"  # what a module keeps besides tensors (nn.Module.get_extra_state) ends in this
 TEXT = 1 << 24  # bytes that a TorchScript program's packed text may unfold to: those are told what they are
+REPEATED = 1 << 24  # bytes that a tensor may seem to have whose numbers are fewer
+DEPTH = 4  # mappings in mappings among which a state dict is looked for: in a file they may hold each other
 SHOWN = 5  # keys named in an error before the rest is only counted
 
 
@@ -53,7 +57,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: no such file, a folder, an empty or broken file, one that holds more than tensors and
-            plain values, or one without a state dict.
+            plain values, or one without a state dict. DamagedError: one that is not what was written.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,13 +65,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no file {path}: expected weights as .safetensors or a torch state dict")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: copy or download it again")
+        raise DamagedError(f"{path} is empty: copy or download it again")
     try:
-        content = _with_extra_states(load_file(path)) if _is_safetensors(path) else _unpickle(path)
+        content = _with_extra_states(_checked(path, load_file(path))) if _is_safetensors(path) else _unpickle(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
+        raise DamagedError(
             f"{path} is broken, or neither safetensors nor a torch file: copy or download it again"
         ) from error
     state = _find_state(content)
@@ -76,7 +80,22 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping):
             came = f"a dict of {', '.join(map(str, list(content)[:SHOWN])) or 'nothing'}"
         raise UserError(f"{path} holds no state dict but {came}: save it with torch.save(net.state_dict(), PATH)")
+    odd = next((key for key, value in state.items() if isinstance(value, Tensor) and not _is_plain(value)), None)
+    if odd is not None:
+        raise UserError(
+            f"{path}: {odd} is no plain tensor with numbers of its own (sparse, quantized, or expanded from fewer): "
+            "save it dense and contiguous"
+        )
     return state
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor has all its numbers in memory: a file of a few bytes can hold one of any shape that has not."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and value.numel() * value.element_size() <= max(
+        TEXT, value.untyped_storage().nbytes()
+    )
 
 
 def load_weights(
@@ -143,7 +162,8 @@ def load_weights(
 def save_weights(net: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write `net`'s state dict as safetensors; an older file at `path` stays whole until the new one is.
 
-    Shared tensors are written under each of their names.
+    Shared tensors are written under each of their names. The same weights and metadata make the same bytes; a checksum
+    of both is among the metadata, and compared where the file is read.
 
     Raises:
         UserError: the file cannot be written, or a module's extra state holds more than tensors and plain values.
@@ -153,7 +173,9 @@ def save_weights(net: nn.Module, path: str | Path, metadata: Mapping[str, str]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
-            save_file(state, temporary, dict(metadata))
+            save_file(state, temporary, {**metadata, CHECKSUM: _checksum(state, metadata)})
+            _sort_metadata(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())  # the library's are the owner's alone
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from error
 
@@ -167,17 +189,52 @@ def serialised_bytes(net: nn.Module) -> int:
     return len(save({key: state[key] for key in once.values()}))
 
 
+def _checksum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(
+        f"{json.dumps(dict(metadata), sort_keys=True)}{tensors_hash(state.items())}".encode()
+    ).hexdigest()
+
+
+def _checked(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` as the file has it; raises DamagedError where that is not what `save_weights` wrote."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    checksum = metadata.pop(CHECKSUM, None)  # others' files, and those of earlier versions, have none
+    if checksum is not None and checksum != _checksum(state, metadata):
+        raise DamagedError(f"{path} is damaged: it is not what was written (its checksum): copy it again")
+    return state
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in another order every time: the header again, in as many bytes."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata that `save_weights` wrote; empty where there is none.
+    """The metadata that `save_weights` was given; empty where there is none.
 
     Raises:
         UserError: not a readable safetensors file.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+            return {key: value for key, value in (file.metadata() or {}).items() if key != CHECKSUM}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        raise DamagedError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -251,19 +308,19 @@ def _extra_state(content: bytes):
         return None
 
 
-def _find_state(content) -> dict[str, Tensor] | None:
+def _find_state(content, depth: int = DEPTH) -> dict[str, Tensor] | None:
     """The state dict in `content`: under a usual name, else `content` itself, else the largest under any name but an
     optimizer's."""
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not depth:
         return None
     for key in STATE_KEYS:
-        found = _find_state(content.get(key))
+        found = _find_state(content.get(key), depth - 1)
         if found:
             return found
     own = {key: value for key, value in content.items() if isinstance(key, str) and _is_state(key, value)}
     if any(isinstance(value, Tensor) for value in own.values()):
         return own
-    others = (_find_state(value) for key, value in content.items() if "optim" not in str(key).lower())
+    others = (_find_state(value, depth - 1) for key, value in content.items() if "optim" not in str(key).lower())
     return max(filter(None, others), key=len, default=None)
 
 

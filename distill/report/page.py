@@ -1,7 +1,7 @@
 """report.json, report.md, report.png and the loggers' summary."""
 
-import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from distill.files import sealed
+from distill.progress import shown
 from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot
@@ -62,8 +64,7 @@ def write(
         "environment": machine,
         "protocol": PROTOCOL,
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "report.json", f"{text}\n".encode())
+    write_file(folder / "report.json", sealed(content).encode())
     write_file(
         folder / "report.md",
         _markdown(rows, context, failures, machine, [*([verdict] if verdict else []), *found]).encode(),
@@ -108,10 +109,15 @@ def _markdown(
     rows: list[Row], context: Mapping, failures: Sequence[str], machine: Mapping, told: Sequence[Verdict | str]
 ) -> str:
     headers, *body = cells(rows, short=False)
-    lines = ["# Report", "", *(f"- {str(line)[0].upper()}{str(line)[1:]}." for line in told), *([""] if told else [])]
+    lines = [
+        "# Report",
+        "",
+        *(f"- {_text(str(line)[0].upper() + str(line)[1:])}." for line in told),
+        *([""] if told else []),
+    ]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
     lines.append("| --- |" + " ---: |" * (len(headers) - 1))
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in body]
+    lines += ["| " + " | ".join(map(_text, cells)) + " |" for cells in body]
     images = f"{context['test images']:,}" if "test images" in context else "so many"
     lines += [
         "",
@@ -124,12 +130,31 @@ def _markdown(
         row.measured: [each.name for each in rows if each.measured == row.measured] for row in rows if row.measured
     }
     for time, names in times.items():
-        lines += ["", f"Measured before, at {time}: {', '.join(names)}."]
+        lines += ["", f"Measured before, at {_text(time)}: {_text(', '.join(names))}."]
     if told := remarks(rows):
-        lines += ["", "## Remarks", "", *(f"- {line}" for line in told)]
+        lines += ["", "## Remarks", "", *(f"- {_text(line)}" for line in told)]
     if failures:
-        lines += ["", "## May not ship", "", *(f"- {line}" for line in failures)]
+        lines += ["", "## May not ship", "", *(f"- {_text(line)}" for line in failures)]
     for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):
         if values:
-            lines += ["", f"## {title}", "", *(f"- {key}: {value}" for key, value in values.items())]
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                *(f"- {_text(key)}: {_value(key, value)}" for key, value in values.items()),
+            ]
     return "\n".join(lines) + "\n"
+
+
+def _value(key: str, value) -> str:
+    """Commands are to be copied, so they are not escaped but quoted."""
+    if key != "command":
+        return _text(value)
+    line = shown(" ".join(str(value).split("\n")))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
+
+def _text(value) -> str:
+    """In Markdown, as it is: no HTML, no link, no picture, no end of a line or cell."""
+    return re.sub(r"[\\`*\[\]<>|]", lambda sign: f"\\{sign[0]}", shown(" ".join(str(value).split())))

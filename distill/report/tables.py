@@ -1,13 +1,14 @@
 """The report of a run: what each model is worth and costs, as JSON, Markdown, a plot and a terminal table."""
 
 import io
-import os
+import re
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.files import read_json
+from distill.progress import say
+from distill.runs.tables import read_report
 
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
 MISSING = "–"
@@ -57,23 +58,27 @@ def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
     """The rows with those of the report that is in `folder` already, for files that are still in its export/ and are
     not measured again: what other compressions and formats gave. With them their failures."""
     try:
-        report = read_json(folder / "report.json")
+        report = read_report(folder)
         time, known = str(report["environment"]["time"]), {field.name for field in fields(Row)}
         found = [Row(**{key: value for key, value in row.items() if key in known}) for row in report["rows"]]
         failures = [str(line) for line in report.get("failures", [])]
-    except (UserError, LookupError, TypeError, AttributeError):  # there is none, or it is of another kind
+    except (UserError, LookupError, TypeError, AttributeError) as error:
+        if (folder / "report.json").exists():
+            say(f"warning: the rows of an earlier report are left out: {error or type(error).__name__}")
         return rows, []
     new = {row.name for row in rows}
     kept = [
         replace(row, measured=row.measured or time)
         for row in found
-        if row.format != "eager" and row.name not in new and _is_still(folder / "export" / row.name, row.bytes)
+        if row.format != "eager" and row.name not in new and _is_still(row.name, folder / "export", row.bytes)
     ]
     return rows + kept, [line for line in failures if any(line.startswith(f"{row.name}: ") for row in kept)]
 
 
-def _is_still(path: Path, size: int | None) -> bool:
-    return path.name == os.path.basename(path) and path.is_file() and path.stat().st_size == size
+def _is_still(name: str, folder: Path, size: float | None) -> bool:
+    """Whether a file of the report is in the folder: by a name as ours are, which may stand in a program's text."""
+    path = folder / name
+    return bool(re.fullmatch(r"student[\w.-]*", name)) and path.is_file() and path.stat().st_size == size
 
 
 # columns of the terminal's table, those first that go first where there is no room for all

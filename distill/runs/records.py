@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra import compose
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from distill.errors import UserError
+from distill.errors import DamagedError
 from distill.files import MOST, read_json, read_yaml
 from distill.runs import trust
 from distill.runs.moved import present, renamed
@@ -16,20 +20,51 @@ from distill.runs.moved import present, renamed
 STARTING_POINT = ("checkpoint", "weights", "pretrained")  # of a network: what its training began with
 
 
-def read_record(folder: Path) -> dict:
-    """A run's run.json.
+def read_record(folder: Path, changed: bool = False) -> dict:
+    """A run's run.json; `changed`: also one that was changed since it was written.
 
     Raises:
-        UserError: it is not one that a run wrote.
+        DamagedError: it is not one that a run wrote.
     """
-    record = read_json(folder / "run.json", MOST)
+    with ways_on(folder):
+        record = read_json(folder / "run.json", MOST, changed)
     words = record.get("overrides")
     kinds = {"choices": dict, "overrides": list, "created": str, "versions": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
     # Hydra's own options are never among a run's words: they could name folders and packages to search
     if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
-        raise UserError(f"{folder}/run.json is damaged, or not one of ours ({(wrong or ['overrides'])[0]})")
+        what = f"it says nothing that makes sense of its {(wrong or ['overrides'])[0]}"
+        with ways_on(folder):
+            raise DamagedError(f"{folder}/run.json is damaged, or not one of ours ({what})")
     return record
+
+
+def read_config(folder: Path, changed: bool = False) -> dict:
+    """A run's config.yaml; `changed`: also one that was changed since it was written.
+
+    Raises:
+        DamagedError: it is not one that a run wrote.
+    """
+    file = folder / "config.yaml"
+    with ways_on(folder):
+        found = read_yaml(file, changed)
+        absent = [key for key in ("data", "teacher", "student", "loss") if not isinstance(found.get(key), dict)]
+        if absent:
+            raise DamagedError(f"{file} is damaged, or not one of ours (it says nothing of the {absent[0]})")
+    return found
+
+
+@contextmanager
+def ways_on(folder: Path) -> Iterator[None]:
+    """What can be done where one of a run's records is damaged."""
+    try:
+        yield
+    except DamagedError as error:
+        changed = "; force=true takes it as it is" if "checksum" in str(error) else ""
+        raise DamagedError(
+            f"{error}: bring it back from a copy{changed}; or start a new run (another name=), whose student may begin "
+            f"with this one's weights (student.checkpoint={folder / 'student.safetensors'})"
+        ) from None
 
 
 def _added(recorded: list[str], words: list[str]) -> list[str]:
@@ -40,23 +75,56 @@ def _added(recorded: list[str], words: list[str]) -> list[str]:
     return [*(word for word in recorded if re.split("[.=]", word)[0] not in again), *words]
 
 
-def continued(folder: Path, recorded: list[str], words: list[str], trusts: bool) -> tuple[DictConfig, list[str]]:
+def continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> tuple[DictConfig, list[str]]:
     """The configuration of a run's recorded words with those of the present command line, and these words.
 
+    Args:
+        trusts: it may name what isn't this package's.
+        changed: also where its records were changed since they were written.
+
     Raises:
-        UserError: it names what isn't this package's, and `trusts` is false; nothing of that has been opened.
+        UntrustedError: it names such, and `trusts` is false; nothing of that has been opened.
+        DamagedError: a record isn't what was written.
     """
+    try:
+        return _continued(folder, words, trusts, changed)
+    except DamagedError:
+        with suppress(DamagedError, HydraException, OmegaConfBaseException):
+            _continued(folder, words, trusts, True)  # whoever changed it, what it names is told first
+        raise
+
+
+def forced(words: list[str]) -> list[str]:
+    """The words of a command line that continues a run, so that Hydra takes them for what they are an option of: it
+    composes them without the run's. `unforced` takes that back, and then they must be options."""
+    continues = any(word.startswith("run=") for word in words)
+    return [f"++{word}" if continues and _OPTION.match(word) else word for word in words]
+
+
+_OPTION = re.compile(r"(?!hydra\.)\w+\.[\w.@]+=")
+
+
+def unforced(words: list[str]) -> list[str]:
+    return [word.removeprefix("++") for word in words]
+
+
+def _continued(folder: Path, words: list[str], trusts: bool, changed: bool) -> tuple[DictConfig, list[str]]:
+    recorded, words = read_record(folder, changed)["overrides"], unforced(words)
     given = [word.partition("=")[2] for word in words if word.partition("=")[0].endswith("_target_")]
     said = {word.lstrip("+~").partition("=")[0] for word in words}
+    if not trusts:
+        trust.check_words(recorded, folder / "run.json")
     words = _added(recorded, words)
     cfg = present(compose("train", words))
     values = OmegaConf.to_container(cfg, resolve=True)
     if not trusts:
         trust.check(values, folder, given)
+        trust.check_folders(values, folder, said)
     if (folder / "config.yaml").is_file():
-        saved = renamed(read_yaml(folder / "config.yaml"))
+        saved = renamed(read_config(folder, changed))
         if not trusts:
             trust.check(saved, folder, given)  # before an expression in it becomes one
+            trust.check_folders(saved, folder, said)
         before = OmegaConf.to_container(present(compose("train", recorded)), resolve=True)
         values = _kept(saved, before, values, said)
         cfg = OmegaConf.create(values)

@@ -11,40 +11,27 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from distill import locks
 from distill.data.base import Data
-from distill.errors import UsageError, UserError
-from distill.files import atomic, read_yaml
+from distill.data.fingerprint import difference, fingerprint
+from distill.errors import DamagedError, UsageError, UserError
+from distill.files import atomic, read_json, sealed, write_json, write_yaml
 from distill.networks.network import Network
-from distill.networks.weights import save_weights
-from distill.progress import leads
+from distill.networks.weights import read_state, save_weights
+from distill.progress import leads, say
 from distill.runs import trust
-from distill.runs.moved import renamed
-from distill.runs.records import STARTING_POINT, continued, read_record
+from distill.runs.changes import IMAGES, absolute, at_hand, refuse_changes
+from distill.runs.records import STARTING_POINT, continued, read_config, read_record, unforced, ways_on
 from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
+from distill.signals import Ended
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
-FREE = (
-    "name",
-    "run",
-    "stages",
-    "compress",
-    "budget",
-    "export",
-    "logger",
-    "tolerance",
-    "experiment",
-    "store",
-    "baseline",
-    "trust",
-    "on_divergence",
-)
-
 MADE = (STUDENT, STUDENT_LAST, "checkpoints", "metrics", "compress", "export", "report.json")  # by a run's stages
+RECORDS = ("run.json", "config.yaml", IMAGES)
+ONCE = ("trust", "force", "restart")  # are for one command
 PATIENCE = 10  # seconds: a killed run's loader processes notice within five, and hold its lock until then
 
 
@@ -62,8 +49,34 @@ class Run:
         """Whether there is a compressed network: asked for now, or made by an earlier stage of this run."""
         return self.does("compress") or self.record.get("compressed") == list(self.cfg.compress)
 
-    def distilled(self) -> bool:
-        return (self.folder / STUDENT).is_file()
+    def distilled(self, whole: bool = False) -> bool:
+        """Whether there is a student; `whole`: and what there is of it is what was written, which is said if not."""
+        files = [file for name in (STUDENT, STUDENT_LAST) if (file := self.folder / name).is_file()]
+        if not whole or self.record.get("given"):
+            return self.folder / STUDENT in files
+        for file in files:
+            try:
+                read_state(file)
+            except DamagedError as error:
+                say(f"warning: {error}; the student is taken from the checkpoints")
+                return False
+        return len(files) == 2
+
+    def check_images(self, data: Data) -> None:
+        """Raises UserError where the run's images are others than they were, and force=true is not given."""
+        file, now = self.folder / IMAGES, fingerprint(data)
+        changed = self.cfg.force or self.cfg.trust
+        if file.is_file() and _made(self.folder):
+            told = difference(read_json(file, changed=changed), now)
+            if told and not self.cfg.force:
+                raise UserError(
+                    f"{self.folder}: its images are not those it began with: {told}: bring them back, start a new run "
+                    "(another name=), or go on all the same (force=true)"
+                )
+            if told:
+                self.write(forced=[*self.record.get("forced", []), told])
+        if leads():
+            write_json(file, now)
 
     def given(self) -> bool:
         """Whether this run trains no student: it compresses, exports or measures one that has its weights already.
@@ -121,24 +134,25 @@ class Run:
             commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]
         lines = (" ".join(["python train.py", *map(shlex.quote, words)]) for words in commands)
         context = {"command": " && ".join(lines), "student's epoch": chosen, "test images": len(data.test)}
-        return {**self.origin(), **context}
+        forced = {"went on although": "; ".join(self.record["forced"])} if self.record.get("forced") else {}
+        return {**self.origin(), **context, **forced}
 
     def write(self, **changes) -> None:
         self.record |= changes
-        if not leads():
-            return
-        with atomic(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(self.record, indent=2), encoding="utf-8")
+        if leads():
+            with atomic(self.folder / "run.json") as temporary:
+                temporary.write_text(sealed(self.record), encoding="utf-8")
 
     def failed(self, error: BaseException) -> None:
         """Say in run.json that it ended by `error`; on a full disk, in the place that the file has already."""
         reason = " ".join(str(error).split()) or type(error).__name__
+        status = error.status if isinstance(error, Ended) else "failed"
         try:
-            self.write(status="failed", error=reason, ended=_now())
+            self.write(status=status, error=reason, ended=_now())
         except OSError:
             path = self.folder / "run.json"
-            with contextlib.suppress(OSError, ValueError):
-                record = json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"status": "failed"}, indent=2)
+            with contextlib.suppress(OSError, UserError):
+                record = json.dumps(read_json(path) | {"status": status}, indent=2)  # shorter without its checksum
                 if len(record.encode()) <= path.stat().st_size:
                     with open(path, "r+b") as file:
                         file.write(record.encode().ljust(path.stat().st_size))
@@ -150,42 +164,67 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
     A continued run is composed anew from its own command line with the present one's words added, so that
     groups can be chosen again (`stages=[compress,export,report] compress=...`). A folder in which nothing was made yet
-    (the first command was refused) takes any configuration.
+    (the first command was refused) takes any configuration. A command that fails before it made anything leaves the
+    records of a run as they were.
 
     Raises:
-        UsageError: the folder holds a run of another configuration.
+        UsageError: the folder holds a run of another configuration, and force=true is not given.
         UserError: another process is at work in it, its records are damaged, or what it says names something that
             isn't this package's (see distill/runs/trust.py) and trust=true is not given.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     with _alone_in(folder):
-        run = _opened(folder, cfg)
+        before = _made(folder)
+        there = [folder / name for name in RECORDS if (folder / name).is_file()] if before or cfg.run else []
+        records = {file.name: file.read_bytes() for file in there}
+        run = _opened(folder, cfg, begun=bool(before))
         run.write(status="running", seed=run.cfg.seed, stages=list(run.cfg.stages), error=None)
         try:
             yield run
         except BaseException as error:
-            run.failed(error)
+            if records and isinstance(error, Exception) and _made(folder) == before:
+                _restore(folder, records)
+            else:
+                run.failed(error)
             raise
         run.write(status="done", ended=_now())
 
 
-def _alone_in(folder: Path) -> contextlib.AbstractContextManager:
+def _made(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file that a run's stages have made."""
+    tops = (folder / name for name in MADE)
+    files = (file for top in tops for file in (top.rglob("*") if top.is_dir() else [top]) if file.is_file())
+    return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+def _restore(folder: Path, records: dict[str, bytes]) -> None:
+    if leads():
+        for name, content in records.items():
+            with contextlib.suppress(OSError), atomic(folder / name) as temporary:
+                temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
     """The folder's lock, which ends with its process however that ends; of several that train together one holds it."""
-    if not leads():
-        return contextlib.nullcontext()
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
-    try:
-        return lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"another process is at work in {folder}: wait for it or end it, or start a new run (another name=)"
-        ) from None
+    with contextlib.ExitStack() as held:
+        if leads():
+            locks.run = str(folder)
+            try:
+                held.enter_context(locks.alone(folder / ".lock", "the run's folder", PATIENCE))
+            except locks.Held as other:
+                raise UserError(
+                    f"another process is at work in {folder}, {other.owner}: wait for it or end it, or start a new run "
+                    "(another name=)"
+                ) from None
+        yield
 
 
-def _opened(folder: Path, cfg: DictConfig) -> Run:
+def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
     hydra = HydraConfig.get()
-    words = [word for word in hydra.overrides.task if not word.startswith("trust=")]  # trust is for one command
-    command = words
+    words = [word for word in hydra.overrides.task if word.partition("=")[0] not in ONCE]
+    words = words if cfg.run is None else unforced(words)
+    command, once = words, {key: cfg[key] for key in ONCE}
     record = {
         "choices": {group: hydra.runtime.choices[group] for group in ("teacher", "student", "data")},
         "overrides": words,
@@ -194,42 +233,32 @@ def _opened(folder: Path, cfg: DictConfig) -> Run:
         "git": _git_commit(),
         "created": _now(),
     }
-    begun, trusts = any((folder / name).exists() for name in MADE), cfg.trust
+    changed = once["force"] or once["trust"]  # records may be: they are taken as they are
+    absent = [name for name in ("run.json", "config.yaml") if begun and not (folder / name).is_file()]
+    if absent:
+        with ways_on(folder):
+            raise DamagedError(f"{folder} holds what a run has made, and no {absent[0]}")
     if (folder / "run.json").is_file() and (begun or cfg.run is not None):
-        record = read_record(folder)
+        if cfg.run is not None:
+            cfg, words = continued(folder, words, once["trust"], changed)
+            cfg = at_hand(cfg)
+        record = read_record(folder, changed)
         commands = record.get("commands", [record["overrides"]])
         again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
-        if cfg.run is not None:
-            cfg, words = continued(folder, record["overrides"], words, trusts)
         if begun:
-            _refuse_change(folder, record["overrides"], cfg)
+            if not once["trust"]:
+                trust.check_words(record["overrides"], folder / "run.json")
+            saved = read_config(folder, changed)
+            forced = refuse_changes(folder, saved, record["overrides"], cfg, once["force"])
+            record["forced"] = [*record.get("forced", []), *forced]
         record["overrides"] = words
         record["commands"] = commands if again else [*commands, command]
     with open_dict(cfg):
-        cfg.name, cfg.run, cfg.trust = folder.name, None, trusts
+        cfg.name, cfg.run = folder.name, None
+        cfg.update(once)
     if leads():
-        with atomic(folder / "config.yaml") as temporary:
-            temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        write_yaml(folder / "config.yaml", OmegaConf.to_yaml(absolute(cfg), resolve=True))
     return Run(folder, cfg, record)
-
-
-def _refuse_change(folder: Path, words: list[str], new: DictConfig) -> None:
-    """Options that came into being after the run was made have the values that its `words` give them now."""
-    known, new = (renamed(OmegaConf.to_container(cfg, resolve=True)) for cfg in (compose("train", words), new))
-    old = _merged(known, renamed(read_yaml(folder / "config.yaml")))
-    changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
-    if changed:
-        raise UsageError(
-            f"{folder} holds a run of another configuration ({', '.join(changed)} differ): it can be continued "
-            "or exported again as it is; for other values start a new run (another name=)"
-        )
-
-
-def _merged(old, new):
-    """`old` with what `new` says, mappings key by key."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return old | {key: _merged(old[key], value) if key in old else value for key, value in new.items()}
 
 
 def _versions() -> dict[str, str]:

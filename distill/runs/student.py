@@ -40,7 +40,7 @@ def rebuild(file: Path, trusts: bool = False, trusted: Iterable[str] = ()) -> Ne
         trusts: build whatever the file names.
         trusted: names that it may give besides those that are registered, see distill/runs/trust.py.
     """
-    from distill.networks.build import build_network
+    from distill.networks.build import build_network, built_from
 
     if not file.is_file():
         raise UserError(
@@ -51,7 +51,8 @@ def rebuild(file: Path, trusts: bool = False, trusted: Iterable[str] = ()) -> Ne
     if not trusts:
         trust.check({"student": described}, file, tuple(trusted))
     classes, image_size = saved["classes"], saved["image_size"]
-    network = build_network(OmegaConf.create({**described, "checkpoint": None}), len(classes), image_size, seed=0)
+    with built_from(file):
+        network = build_network(OmegaConf.create({**described, "checkpoint": None}), len(classes), image_size, seed=0)
     load_weights(network.net, file)
     return network.eval()
 

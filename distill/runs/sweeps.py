@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
 
+from distill.progress import say
 from distill.runs.tables import SHOWN, summary
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ class SweepTable(Callback):
         if table.empty:
             sys.exit(1)
         shown = [name for name in SHOWN if name in table]
-        print(f"\n{len(table)} runs in {root}")
+        say(f"\n{len(table)} runs in {root}")
         width = shutil.get_terminal_size((10_000, 24)).columns  # of a terminal: wider tables go on below
         text = table[shown].to_string(index=False, float_format="{:.4g}".format, na_rep="–", line_width=width)
-        print(text, flush=True)
+        say(text)
         for line in over_seeds(table):
-            print(line, flush=True)
+            say(line)
         if (table["status"] != "done").any():
             sys.exit(1)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.files import read_json, read_yaml
+from distill.files import MOST, damaged, read_json, read_yaml
 from distill.runs.records import read_record
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+LONGEST = 100 * MOST  # bytes of a file of metrics
+TEXTS = ("name", "format", "measured")  # of a report's row
 
 
 def folders(root: str | Path = "outputs") -> list[Path]:
@@ -31,7 +37,7 @@ def models(*roots: str | Path) -> pd.DataFrame:
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
         if (folder / "report.json").is_file():
-            rows += [_identity(folder) | row for row in read_json(folder / "report.json")["rows"]]
+            rows += [_identity(folder) | row for row in read_report(folder)["rows"]]
     return pd.DataFrame(rows)
 
 
@@ -43,21 +49,49 @@ def summary(*roots: str | Path) -> pd.DataFrame:
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
         row = {key: value for key, value in _identity(folder).items() if key != "folder"}
-        row["status"] = read_record(folder)["status"]
+        row["status"] = str(read_record(folder).get("status"))
         if (folder / "report.json").is_file():
-            by_name = {model["name"]: model for model in read_json(folder / "report.json")["rows"]}
+            report = read_report(folder)
+            by_name = {model["name"]: model for model in report["rows"]}
             for name in ("teacher", "student alone", "student"):
                 row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
-            row["test images"] = read_json(folder / "report.json")["context"].get("test images")
-            if row["student alone top-1"] is not None:
+            row["test images"] = report["context"].get("test images")
+            if None not in (row["student alone top-1"], row["student top-1"]):
                 row["gain"] = row["student top-1"] - row["student alone top-1"]
-            files = [model for name, model in by_name.items() if "." in name and model["top1"] is not None]
+            files = [
+                model
+                for name, model in by_name.items()
+                if "." in name and None not in map(model.get, ("top1", "bytes"))
+            ]
             if files:
                 smallest = min(files, key=lambda model: model["bytes"])
                 row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
-                row |= {"bytes": smallest["bytes"], "latency_ms": smallest["latency_ms"]}
+                row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def read_report(folder: Path) -> dict:
+    """A run's report.json: "rows", "context" and the rest.
+
+    Raises:
+        UserError: it is not one that a run wrote.
+    """
+    found = read_json(folder / "report.json")
+    rows, context = found.get("rows"), found.get("context")
+    if not (isinstance(rows, list) and isinstance(context, dict) and all(map(_is_row, rows))):
+        raise damaged(folder / "report.json", "its rows or its context")
+    return found
+
+
+def _is_row(row) -> bool:
+    """Whether it is a model's: texts under TEXTS, finite numbers or nothing under other names."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return False
+    texts = [value for name, value in row.items() if name in TEXTS]
+    numbers = [value for name, value in row.items() if name not in TEXTS]
+    fine = all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in numbers)
+    return fine and all(value is None or isinstance(value, str) for value in texts)
 
 
 def curves(folder: str | Path) -> pd.DataFrame:
@@ -66,23 +100,38 @@ def curves(folder: str | Path) -> pd.DataFrame:
     A resumed run writes a file an attempt; a later attempt's figures replace an earlier one's.
 
     Raises:
-        UserError: the folder has no metrics.
+        UserError: the folder has no metrics, or what are none.
     """
     import pandas as pd
 
-    files = sorted(
-        Path(folder).glob("metrics/version_*/metrics.csv"),
-        key=lambda file: int(file.parent.name.partition("_")[2]),
-    )
-    frames = [frame for file in files if file.stat().st_size and len(frame := pd.read_csv(file))]
+    files = [file for file in Path(folder).glob("metrics/version_*/metrics.csv") if file.is_file()]
+    files.sort(key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0))
+    frames = [frame for file in files if file.stat().st_size and len(frame := _metrics(file))]
     if not frames:
         raise UserError(f"{folder} has no metrics yet (no metrics/version_*/metrics.csv)")
     table = pd.concat(frames).groupby("epoch").last().reset_index()
     return table.assign(epoch=table["epoch"] + 1)
 
 
+def _metrics(file: Path) -> pd.DataFrame:
+    """Numbers by column, "epoch" among them."""
+    import pandas as pd
+
+    try:
+        if file.stat().st_size > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST:,} bytes")
+        found = pd.read_csv(file)
+        found["epoch"] = found["epoch"].astype("int64")
+        return found.astype({name: "float64" for name in found if name != "epoch"})
+    except (ValueError, KeyError, OverflowError, OSError) as error:  # pandas' own are ValueErrors
+        raise damaged(file, " ".join(str(error).split())[:200]) from None
+
+
 def _identity(folder: Path) -> dict:
     record, cfg = read_record(folder), read_yaml(folder / "config.yaml")
+    choices = all(isinstance(text, str) for text in record["choices"].values())
+    if not (isinstance(cfg.get("loss"), dict) and type(cfg.get("seed")) is int and choices):
+        raise damaged(folder / "config.yaml", "its loss or seed, or the record's choices")
     return {
         "run": folder.name,
         "folder": str(folder),

@@ -24,6 +24,7 @@ Sides = Annotated[_Px | tuple[_Px, _Px], Field(description="px of 1 to 8192, a w
 Number = Annotated[int, Ge(0)]
 Calibration = Annotated[int, Ge(32)]  # images: a range of activations that is found on fewer is chance
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+OnCorrupt = Literal["stop", "skip"]  # what to do about images that can't be decoded
 Positives = Annotated[Sequence[Positive], Len(1)]
 Counts = Annotated[Sequence[Count], Len(1)]
 _Point = tuple[NotNegative, NotNegative] | tuple[NotNegative, NotNegative, Literal["cosine"]]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill.data.base import Data
 from distill.errors import UsageError
-from distill.files import atomic, content_key, human, parse_bytes
+from distill.files import atomic, content_key, human, own_temporary, parse_bytes, sweep
 from distill.networks.sources import describe, layers
 from distill.progress import leads, say
 from distill.teachers.base import Teacher
@@ -67,9 +67,10 @@ class Rows:
         self._descriptor: int | None = None
 
     def _matches(self, header: bytes, whole: int) -> bool:
-        """Whether the file is there with this header; one that was cut short is made whole again, its end empty."""
+        """Whether the file is there with this header; one that was cut short is made whole again, its end empty. What
+        is whole is only read: a cache may be one that can't be written."""
         try:
-            with open(self.path, "rb") as file:  # a cache that can't be written to is read
+            with open(self.path, "rb") as file:
                 found, length = file.read(HEADER), file.seek(0, os.SEEK_END)
         except FileNotFoundError:
             return False
@@ -84,13 +85,18 @@ class Rows:
 
     def _create(self, header: bytes, whole: int) -> None:
         """All at once and only if no other process was faster: a link, unlike a rename, never replaces a file."""
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        sweep(self.path)
+        temporary = own_temporary(self.path)
         try:
             with open(temporary, "wb") as file:
                 file.write(header)
                 file.truncate(whole)  # sparse: takes no space until rows are written
-            with suppress(FileExistsError):
+            try:
                 os.link(temporary, self.path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links: what another process writes just now may be asked again
+                os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
 

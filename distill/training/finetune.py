@@ -89,7 +89,8 @@ def finetuner(
             say(f"  {name}: epoch {chosen['epoch']}, validation {chosen['accuracy']:.1%}")
             return chosen
 
-        return once(net, Path(folder) / "compress" / name, described, train, _load, f"  {name}: fine-tuned").eval()
+        said, place = f"  {name}: fine-tuned", Path(folder) / "compress" / name
+        return once(net, place, described, train, _load, said, own.restart).eval()
 
     file = "-".join(["student", *configured["compress"]])
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
+from distill import signals
 from distill.data.base import Data
 from distill.errors import UserError
 from distill.losses.terms import build_losses
@@ -24,7 +24,7 @@ from distill.training.lightning import trainer as make_trainer
 from distill.training.lines import Lines
 from distill.training.module import Distill
 from distill.training.recipe import Recipe
-from distill.training.resume import BEST, LAST, MONITOR, Checkpoints, position, read
+from distill.training.resume import MONITOR, Checkpoints, best_file, newest
 
 
 def fit(
@@ -83,7 +83,7 @@ def _fit(
         callbacks.append(TQDMProgressBar(leave=False))
     if recipe.early_stopping is not None:
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=recipe.early_stopping, check_finite=False))
-    trainer = make_trainer(recipe, network, callbacks, [CSVLogger(folder, "metrics"), *loggers])
+    trainer = make_trainer(recipe, network, callbacks, [*loggers])
     views, device = {}, trainer.strategy.root_device
     if answers is not None and any(loss.needs_teacher for loss in terms.values()):
         teacher, views = answers.of(teacher, data, seen, recipe.epochs, device.type)
@@ -102,22 +102,27 @@ def _fit(
         parameters=recipe.parameters,
     )
     loader = data.resident(device).train_loader(recipe.seed, **views)
-    resume = checkpoints / LAST if (checkpoints / LAST).exists() else None
-    if resume:
-        epoch, batch = position(read(resume))
+    resume = None
+    if found := newest(checkpoints, recipe.restart):
+        resume, (epoch, batch) = found
         loader.sampler.resume_at(epoch, batch)
         say(f"  continuing after {epoch} epochs and {batch} of {len(loader)} batches")
     try:
-        trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
-    except SystemExit as end:  # Lightning's answer to Ctrl-C
+        with signals.held():
+            trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
+    except SystemExit as end:  # Lightning's answer to Ctrl-C, where no command line handles it
         raise KeyboardInterrupt if trainer.interrupted else end from None
     except OSError as error:  # of a log, which does not say where
         raise UserError(
             f"{error.filename or folder}: {error.strerror or error}; what was written before is whole"
         ) from error
+    if trainer.should_stop and recipe.early_stopping and checkpointed.last["epoch"] < recipe.epochs:
+        patience = "1 epoch" if recipe.early_stopping == 1 else f"{recipe.early_stopping} epochs"
+        say(f"  stopped after epoch {checkpointed.last['epoch']}: no better validation accuracy for {patience}")
+    best = checkpointed.best["epoch"]
     chosen = {
         "last": {**checkpointed.last, "setbacks": setbacks.steps, "state": copied(module.shipped.net.state_dict())},
-        "best": {**checkpointed.best, "setbacks": setbacks.steps, "state": read_state(checkpoints / BEST)},
+        "best": {**checkpointed.best, "setbacks": setbacks.steps, "state": read_state(best_file(checkpoints, best))},
     }
     network.net.load_state_dict(chosen[recipe.select]["state"])
     network.record(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in

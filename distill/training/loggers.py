@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from distill.errors import UserError
+from distill.progress import say
 
 INIT_TIMEOUT = 10  # seconds a login may take before the run goes on offline
 
@@ -22,7 +23,7 @@ def wandb(folder: Path, name: str, cfg: dict, project: str = "distill"):
     try:
         experiment = w.init(mode=mode, settings=w.Settings(**settings), **options)
     except w.errors.Error as error:
-        print(f"  wandb: no answer ({' '.join(str(error).split())[:80]}); logging offline", flush=True)
+        say(f"  wandb: no answer ({' '.join(str(error).split())[:80]}); logging offline")
         w.teardown()
         experiment = w.init(mode="offline", settings=w.Settings(**settings), **options)
     return WandbLogger(experiment=experiment)

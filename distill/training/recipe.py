@@ -22,6 +22,7 @@ class Recipe:
         on_divergence: "stop", or "back": see distill.training.divergence.
         compile: torch.compile of the step.
         checkpoint_every: optimizer steps between checkpoints in an epoch; changes no bit.
+        restart: train from the start where there are checkpoints and all are damaged; changes no bit.
         parameters: arguments of distill.training.parameters.grouped: weight decay of norms, rates of head and stages.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     on_divergence: str = "stop"
     compile: bool = False
     checkpoint_every: int = 500
+    restart: bool = False
     parameters: Mapping = field(default_factory=dict)
 
     def changed(self, lr: float | None = None, trainer: Mapping | None = None, **others) -> "Recipe":
@@ -47,6 +49,6 @@ class Recipe:
         """What weights depend on, for a key, which is that of earlier versions where parameters aren't grouped and
         training doesn't go back."""
         grouped = {name: value for name, value in self.parameters.items() if value != DEFAULTS[name]}
-        stops = self.on_divergence == "stop"
-        left_out = {"checkpoint_every", *([] if grouped else ["parameters"]), *(["on_divergence"] if stops else [])}
+        unasked = {"on_divergence"} if self.on_divergence == "stop" else set()
+        left_out = {"checkpoint_every", "restart", *unasked, *([] if grouped else ["parameters"])}
         return {name: value for name, value in asdict(self).items() if name not in left_out}

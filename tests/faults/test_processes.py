@@ -6,9 +6,11 @@ import signal
 import pytest
 import torch
 from harness import QUICK, assert_one_line, finished, leftovers, record, run, started, wait_for
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from distill.cli import faults
+from distill.errors import UserError
 
 TRAINS = [*QUICK, "baseline=false", "stages=[teacher,distill]", "data.num_workers=1", "trainer.max_epochs=3"]
 
@@ -127,3 +129,13 @@ def test_a_run_that_is_stopped_for_a_while_goes_on(tmp_path):
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     process.send_signal(signal.SIGCONT)
     assert finished(process).code == 0
+
+
+def test_an_operation_without_a_deterministic_form_is_named(tmp_path):
+    cfg = OmegaConf.create({"data": {"batch_size": 4}, "trainer": {}})
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(UserError, match="deterministic=true: put_ has no such form"), faults.told(cfg, tmp_path):
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,112 @@
+"""Signals that end a run. Training saves first, everything else stops where it is; the exit code is a shell's.
+
+SIGTERM and SIGINT (Ctrl-C) ask once; a second SIGINT leaves at once. SIGUSR1 is SLURM's word that time is up
+(`--signal=B:USR1@60` or submitit): the run saves, and the job is queued again. Never imports torch.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted", signal.SIGUSR1: "out of time"}
+
+
+class Ended(BaseException):
+    """A signal ends the run; `status` is a word for run.json, `code` the exit code, 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(SAID[number])
+        self.number, self.status, self.code = number, SAID[number], 128 + number
+
+
+class _Asked:
+    """What has been asked of this process so far."""
+
+    process: int = 0  # the one that handles signals; its forks leave that to it
+    by: int | None = None  # the first signal
+    held = False  # training: it asks `asked()` when it can be left
+    leaving = False
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """In here these signals raise Ended in the main thread, or wait for the end of a step where they are `held`."""
+    if threading.current_thread() is not threading.main_thread():  # only that one can
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SAID}
+    _Asked.process, _Asked.by, _Asked.held, _Asked.leaving = os.getpid(), None, False, False
+    take_back()
+    try:
+        yield
+    finally:
+        _Asked.process = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked() -> int | None:
+    """The signal that has asked this process to end."""
+    return _Asked.by
+
+
+def end() -> NoReturn:
+    """Raises Ended by the signal that asked for it, here or in a process that trains beside this one."""
+    raise Ended(_Asked.by or signal.SIGTERM)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals wait in here until somebody asks for them. At the end, and where an error is theirs (they reach loader
+    processes too), Ended is raised. Handlers that somebody else has set in here are set back."""
+    if _Asked.process != os.getpid():  # nobody handles signals
+        yield
+        return
+    _Asked.held = True
+    try:
+        yield
+    except Exception:
+        if _Asked.by is None:
+            raise
+    finally:
+        _Asked.held = False
+        take_back()
+    if _Asked.by is not None:
+        raise Ended(_Asked.by)
+
+
+def take_back() -> None:
+    """Handlers of our own again, where a library has set others."""
+    if _Asked.process == os.getpid():
+        for number in SAID:
+            signal.signal(number, _received)
+
+
+def left_to_parent(_worker: int = 0) -> None:
+    """In a loader's process: signals that reach a whole group are its parent's to answer, which then ends it."""
+    for number in SAID:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave() -> None:
+    """The run is being left: what else asks for that is not listened to, but for a second Ctrl-C."""
+    _Asked.leaving = True
+
+
+def _received(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _Asked.process:  # a fork that has not set its own
+        if number == signal.SIGTERM:
+            os._exit(128 + number)
+        return
+    if number == signal.SIGINT and _Asked.by == signal.SIGINT:
+        os._exit(128 + number)
+    first, _Asked.by = _Asked.by is None, number if _Asked.by is None else _Asked.by
+    if _Asked.held or _Asked.leaving:
+        if first and _Asked.held:
+            os.write(2, f"{SAID[number]}: saving\n".encode())
+        return
+    raise Ended(_Asked.by)
