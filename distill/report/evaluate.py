@@ -47,7 +47,7 @@ def evaluate(
     sources = {f"source {id(net)}": net for net in [*source_of.values(), *nets["student"].values()]}
     student = f"source {id(next(iter(nets['student'].values())))}" if nets["student"] else "student"
     example = data.test[torch.zeros(1, dtype=torch.int64), 0].images
-    with serve(artifacts) as served:
+    with serve(artifacts, data.num_classes) as served:
         eager = {name: _on_device(net) for name, net in plain.items()}
         models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in sources.items()}}
         models |= {name: _as_shipped(source_of[name], each) for name, each in served.items()}

@@ -6,10 +6,12 @@ Requests come on stdin: a line of JSON {"shape": [N, C, H, W]}, then the images 
 line {"shape": [N, K], "ms": …}, then the logits as float32; or a line {"error": …}, which is the last.
 """
 
+import ctypes
 import json
 import math
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,17 +30,23 @@ from distill.runtimes.artifact import Artifact
 ROOT = str(Path(__file__).parents[2])  # where `import distill` finds the package
 
 LIMIT = 300  # seconds for an answer, and one more for each image: loading takes some, a file that hangs all
+SOON = 10  # seconds for a process that sent half an answer to end
+LONGEST = 65536  # bytes of an answer's first line
+MOST = 10_000_000  # classes
 
 
 class Served:
     """`artifact` in a fresh process, on one thread: `served(images)` answers, `served.time(images)` measures.
 
-    Both raise UserError when the file can't be loaded or run, the process died, or it gave no answer within LIMIT
-    seconds, after which it is ended.
+    Both raise UserError when the file can't be loaded or run, the process died, what it answers is no logits of these
+    images and as many classes, or it gave no answer within LIMIT seconds, after which it is ended.
+
+    Args:
+        classes: how many logits an image has; None: any number.
     """
 
-    def __init__(self, artifact: Artifact):
-        self.name = artifact.path.name
+    def __init__(self, artifact: Artifact, classes: int | None = None):
+        self.name, self.classes = artifact.path.name, classes
         self.said = tempfile.TemporaryFile()  # noqa: SIM115  what the runtime prints, closed by close()
         loader = f"{artifact.load.__module__}.{artifact.load.__qualname__}"
         given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -68,26 +76,39 @@ class Served:
         try:
             with suppress(OSError):  # a process that is gone may have left its reason
                 _send(self.process.stdin, {"shape": list(images.shape)}, images)
-            head, logits = _receive(self.process.stdout)
-        except (OSError, EOFError, ValueError) as error:
+            head = _head(self.process.stdout)
+            if "error" in head:
+                raise UserError(f"{self.name}: {str(head['error'])[:LONGEST]}")
+            self._check(head.get("shape"), len(images))
+            logits, milliseconds = _tensor(self.process.stdout, head["shape"]), float(head["ms"])
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             if hung.is_set():
                 raise UserError(
                     f"{self.name}: no answer within {LIMIT + len(images)} s: its process was ended"
                 ) from error
-            raise UserError(f"{self.name}: its process died ({self._cause()})") from error
+            raise UserError(f"{self.name}: its process {self._cause()}") from error
         finally:
             watch.cancel()
-        if logits is None:
-            raise UserError(f"{self.name}: {head['error']}")
-        return logits, head["ms"]
+        return logits, milliseconds
+
+    def _check(self, shape, images: int) -> None:
+        """Raises UserError, and ends the process, where it is not that of logits."""
+        whole = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        if not whole or shape[0] != images or not 0 < shape[1] <= MOST or self.classes not in (None, shape[1]):
+            self.process.kill()  # the rest of its answer is not read
+            raise UserError(
+                f"{self.name}: it answers {images} images with {str(shape)[:100]}, expected logits "
+                f"[{images}, {self.classes or 'classes'}]"
+            )
 
     def _cause(self) -> str:
         try:
-            code = self.process.wait(timeout=10)
+            code = self.process.wait(timeout=SOON)
         except subprocess.TimeoutExpired:
-            return "it lives, but what it answers can't be read"
+            self.process.kill()
+            return "answers what can't be read"
         last = next((line.strip() for line in reversed(self.log().split("\n")) if line.strip()), "it said nothing")
-        return f"signal {-code}" if code < 0 else f"exit code {code}: {last}"
+        return f"died ({f'signal {-code}' if code < 0 else f'exit code {code}: {last}'})"
 
     def log(self) -> str:
         """What the process and its runtime have said so far."""
@@ -103,12 +124,12 @@ class Served:
 
 
 @contextmanager
-def serve(artifacts: Mapping[str, Artifact]) -> Iterator[dict[str, Served]]:
+def serve(artifacts: Mapping[str, Artifact], classes: int | None = None) -> Iterator[dict[str, Served]]:
     """All of them at once, each in its process; they end with the block."""
     served: dict[str, Served] = {}
     try:
         for name, artifact in artifacts.items():
-            served[name] = Served(artifact)
+            served[name] = Served(artifact, classes)
         yield served
     finally:
         for each in served.values():
@@ -117,13 +138,14 @@ def serve(artifacts: Mapping[str, Artifact]) -> Iterator[dict[str, Served]]:
 
 def main(loader: str, path: str) -> None:
     """The process's side."""
+    _end_with_parent()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a runtime prints is no answer
     torch.set_num_threads(1)
     try:
         model = pkgutil.resolve_name(loader)(Path(path))
         while True:
-            _, images = _receive(requests)
+            images = _tensor(requests, _head(requests)["shape"])
             start = time.perf_counter()
             logits = model(images)
             milliseconds = (time.perf_counter() - start) * 1000
@@ -142,18 +164,29 @@ def _send(stream, head: dict, tensor: Tensor | None = None) -> None:
     stream.flush()
 
 
-def _receive(stream) -> tuple[dict, Tensor | None]:
-    line = stream.readline()
+def _end_with_parent() -> None:
+    """Also when a file hangs and the run is killed, where the system can do that (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
+def _head(stream) -> dict:
+    """Raises EOFError or ValueError where there is no such line."""
+    line = stream.readline(LONGEST)
     if not line:
         raise EOFError
     head = json.loads(line)
-    if "shape" not in head:
-        return head, None
-    size = 4 * math.prod(head["shape"])
+    if not isinstance(head, dict):
+        raise ValueError(f"expected an object, not a {type(head).__name__}")
+    return head
+
+
+def _tensor(stream, shape: list[int]) -> Tensor:
+    size = 4 * math.prod(shape)
     data = bytearray(stream.read(size))
     if len(data) < size:
         raise EOFError
-    return head, torch.frombuffer(data, dtype=torch.float32).view(head["shape"])
+    return torch.frombuffer(data, dtype=torch.float32).view(shape)
 
 
 if __name__ == "__main__":
