@@ -1,7 +1,7 @@
 """Images decoded once, into one uint8 array in a file that is mapped into memory, not read.
 
-The file is NumPy's .npy, named by a hash of what was packed: names, sizes, times of change, and the side. Processes
-share its pages, and the next run opens it at once.
+The file is NumPy's .npy, named by a hash of what was packed: names, sizes, times of change, and the side, with a
+checksum for each image at its end. Processes share its pages, and the next run opens it at once.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,9 @@ from distill.locks import alone
 from distill.progress import say
 from distill.types import ImageSize, checked_size, in_px, sides
 
-_FORMAT = 1  # of what is packed: a change of how images are decoded or cropped packs anew
+_FORMAT = 2  # of what is packed: a change of how images are decoded or cropped packs anew
 _CHUNK = 256  # images decoded at once
+_CRC = np.dtype("<u4")
 
 
 class Packed:
@@ -81,7 +83,9 @@ def read_small(images: Encoded, size: ImageSize | None, store: str | None) -> Te
     shape = (len(images), 3, *space)
     pixels = None
     try:
-        with _alone(path, shape):
+        if (there := _open(path, shape)) is not None:
+            return torch.from_numpy(there)
+        with _alone(path):
             pixels = _open(path, shape)
             if pixels is None:
                 pixels = _small(images, space, resize=size is not None)
@@ -105,7 +109,9 @@ def pack(images: Encoded, size: ImageSize, store: str) -> np.memmap | None:
     path = _path(store, images, f"squares {size}")
     shape = (len(images), 3, *sides(size))
     try:
-        with _alone(path, shape):
+        if (there := _open(path, shape)) is not None:
+            return there
+        with _alone(path):
             pixels = _open(path, shape)
             if pixels is None:
                 say(f"packing {len(images):,} images at {in_px(size)}, {math.prod(shape) / 1e9:.2f} GB → {path}")
@@ -148,41 +154,50 @@ def _path(store: str, images: Encoded, what: str) -> Path:
     return Path(store).expanduser().absolute() / f"{key[:16]}.npy"
 
 
-def _alone(path: Path, shape: tuple[int, ...]) -> contextlib.AbstractContextManager:
-    """Nobody else where a pack is to be made; one that is there is read, also where nothing can be written."""
-    if _open(path, shape) is not None:
-        return contextlib.nullcontext()
+def _alone(path: Path) -> contextlib.AbstractContextManager:
+    """Nobody else where a pack is to be made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return alone(path.with_suffix(".lock"), "packed images")
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.memmap | None:
-    """The array, or None where there is none or the file isn't what `_write` makes of such a one."""
+    """The array, or None where there is none or the file isn't what `_write` made of such a one: its checksums, one
+    an image, are compared. It is read where nothing can be written, and so without a lock."""
     try:
         pixels = np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory, the file stays as it is
         right = isinstance(pixels, np.memmap) and pixels.dtype == np.uint8 and pixels.shape == shape
-        if right and pixels.flags.c_contiguous and path.stat().st_size == pixels.offset + pixels.nbytes:
-            return pixels
-    except FileNotFoundError:
-        return None
-    except OSError:
-        raise
+        end = pixels.offset + pixels.nbytes if right and pixels.flags.c_contiguous else None
+        if end is not None and path.stat().st_size == end + _CRC.itemsize * shape[0]:
+            return pixels if (_checksums(pixels) == np.fromfile(path, _CRC, offset=end)).all() else None
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise
     except Exception:  # of a damaged header NumPy raises nearly everything, TokenError included
         pass
-    say(f"packed images: {path} is damaged; it is made anew")
     return None
 
 
+def _checksums(pixels: np.ndarray) -> np.ndarray:
+    """One an image, (N,)."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda rows: [zlib.crc32(row) for row in rows], np.array_split(pixels, os.cpu_count() or 1))
+        return np.array([each for part in parts for each in part], _CRC)
+
+
 def _write(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
-    """Written, not mapped: on a full disk a mapped file kills the process instead of raising."""
+    """The array as NumPy writes it, then the checksums. Written, not mapped: on a full disk a mapped file kills the
+    process instead of raising."""
     if path.exists():
         say(f"packed images: {path} is damaged; it is made anew")
     if shutil.disk_usage(path.parent).free < math.prod(shape):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        checksums = []
         for chunk in chunks:
             file.write(chunk)
+            checksums.append(_checksums(chunk))
+        file.write(np.concatenate(checksums).tobytes())
 
 
 def _reason(error: OSError) -> str:

@@ -47,15 +47,7 @@ SAME_BITS = (  # told, and taken
     "trainer.profiler",
     "trainer.default_root_dir",
 )
-PATHS = (
-    "root",
-    "store",
-    "folder",
-    "checkpoint",
-    "train",
-    "val",
-    "test",
-)  # the last word of an option that names a file or folder
+# the last word of an option that names a file or folder
 SHOWN = 6
 
 

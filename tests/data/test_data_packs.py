@@ -136,12 +136,13 @@ def test_a_change_of_the_images_packs_anew(images):
     assert len(images.packs) == 3
 
 
-@pytest.mark.parametrize("harm", ["cut short", "emptied", "not an array", "only a header"])
+@pytest.mark.parametrize("harm", ["cut short", "emptied", "not an array", "only a header", "flipped"])
 def test_a_damaged_pack_is_made_anew_and_told(images, harm, capsys):
     before = views(images.make())
     pack = images.packs[0]
     whole = pack.read_bytes()
     cut = {"cut short": whole[:-1], "emptied": b"", "not an array": b"no array" * 100, "only a header": whole[:128]}
+    cut["flipped"] = whole[:-400] + bytes([whole[-400] ^ 16]) + whole[-399:]
     pack.write_bytes(cut[harm])
     capsys.readouterr()
     assert same(views(images.make()), before)
