@@ -21,13 +21,15 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 
+import hydra
 import torch
 import yaml
 
 from benchmarks.epochs import compose
 from benchmarks.paired import record
 from distill import types
-from distill.cli import build, roles
+from distill.cli import build, pilots, roles
+from distill.files import CONF
 from distill.networks.build import build_network
 from distill.runs import verdict
 from distill.runtimes.measure import accuracy_on
@@ -73,15 +75,19 @@ def measure(job: dict) -> dict:
     words += [f"data.store={job['scratch']}/packed", "cache.seed=0", *setting["words"]]
     words = [word.replace("WEIGHTS", job["weights"]) for word in words]
     with redirect_stdout(StringIO()):
-        cfg = compose(*words, *job["words"], f"seed={seed}", "select=last")
+        own = [*words, *job["words"], f"seed={seed}", "select=last"]
+        cfg = compose(*own)
         data = build.data(cfg.data)
-        losses = types.plain_values(cfg.loss)
-        teacher = roles.teacher(compose(*words, "seed=0"), data) if set(losses) - {"ce"} else None
-        student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
-        with tempfile.TemporaryDirectory() as folder:
+        needs_teacher = set(types.plain_values(cfg.loss)) - {"ce"}
+        teacher = roles.teacher(compose(*words, "seed=0"), data) if needs_teacher else None
+        with hydra.initialize_config_dir(CONF, version_base="1.3"), tempfile.TemporaryDirectory() as folder:
+            cfg, _, data = pilots.settle(cfg, ["name=benchmark", *own], teacher, data, Path(folder))
+            losses = types.plain_values(cfg.loss)
+            student = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
             found = fit.fit(student, teacher, losses, data, roles.recipe(cfg), Path(folder), roles.answers(cfg))
+            chosen = json.loads(Path(folder, pilots.FILE).read_text())["chosen"] if cfg.get("recipe") else None
     test = accuracy_on(student.plain(), data.test_loader())
-    return {
+    run = {
         "setting": job["setting"],
         "candidate": candidate,
         "seed": seed,
@@ -89,6 +95,7 @@ def measure(job: dict) -> dict:
         "images": len(data.test),
         "validation": found["last"]["accuracy"],
     }
+    return run if chosen is None else {**run, "chosen": chosen}
 
 
 def jobs(options, described: dict, done: set) -> list[dict]:
