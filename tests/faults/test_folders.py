@@ -44,6 +44,13 @@ def test_a_store_and_a_cache_that_are_read_only_are_read(tmp_path, read_only):
     assert done.out.count("before, read from") == 2 and "warning" not in done.out
     first, second = (load_file(tmp_path / f"outputs/{name}/student.safetensors") for name in ("first", "second"))
     assert all(first[key].equal(second[key]) for key in first)
+
+
+@pytest.mark.faults
+def test_a_store_and_a_cache_that_are_read_only_and_lack_something(tmp_path, read_only):
+    assert run(tmp_path, *TRAINS, "name=first").code == 0
+    read_only(tmp_path / "outputs/fits")
+    read_only(tmp_path / "outputs/cache")
     more = run(tmp_path, *TRAINS, "trainer.max_epochs=2", "teacher.fit.epochs=1", "baseline=false", "name=more")
     assert more.code == 0, more.err
     assert more.out.count("the teacher answers what is not stored") == 1
@@ -51,6 +58,7 @@ def test_a_store_and_a_cache_that_are_read_only_are_read(tmp_path, read_only):
     assert_one_line(fitted, "store=outputs/fits: what is fitted once can't be written there", "give another folder")
 
 
+@pytest.mark.faults
 def test_a_run_folder_that_becomes_read_only(tmp_path, read_only):
     assert run(tmp_path, *TRAINS, "baseline=false", "name=x").code == 0
     read_only(tmp_path / "outputs/x")

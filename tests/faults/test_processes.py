@@ -103,7 +103,6 @@ def test_memory_exhausted_in_training_names_the_batch_to_try(tmp_path, error):
     assert_one_line(done, "memory has run out", f"python train.py run={tmp_path}/outputs/x goes on")
     assert "data.batch_size=8 instead of 16 (trainer.accumulate_grad_batches=2 " in done.error
     assert (tmp_path / "outputs/x/checkpoints/last.ckpt").exists()
-    assert run(tmp_path, f"run={tmp_path}/outputs/x").code == 0
 
 
 @pytest.mark.faults
