@@ -7,11 +7,9 @@ import pytest
 import torch
 from harness import QUICK, assert_one_line, finished, leftovers, record, run, started, wait_for
 from omegaconf import OmegaConf
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from distill.cli import faults
-from distill.errors import UserError
 from distill.errors import UserError
 
 TRAINS = [*QUICK, "baseline=false", "stages=[teacher,distill]", "data.num_workers=1", "trainer.max_epochs=3"]
