@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import sys
-import time
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,7 +74,7 @@ def atomic(path: Path) -> Iterator[Path]:
         OSError: it can't be written; `filename` is `path`.
     """
     temporary = own_temporary(path)
-    sweep(path)
+    sweep(path.parent, path.name)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -92,14 +93,33 @@ def own_temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{MACHINE}.{os.getpid()}.tmp")
 
 
-def sweep(path: Path) -> None:
-    """Remove the temporary files of `path` whose writers are gone: known of this machine, by their age of others."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        machine, _, pid = left.name.removesuffix(".tmp").removeprefix(f".{path.name}.").rpartition(".")
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files, of `name` or of any, whose writers are gone: known of this machine, by their age of
+    others."""
+    for left in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.tmp"):
+        written, _, pid = left.name.removesuffix(".tmp").rpartition(".")
         with suppress(OSError):
-            ours = machine == MACHINE and pid.isdigit()
-            if not lives(int(pid)) if ours else time.time() - left.stat().st_mtime > DAY:
+            ours = written.endswith(f".{MACHINE}") and pid.isdigit()
+            if not lives(int(pid)) if ours else _now(folder) - left.stat().st_mtime > DAY:
                 left.unlink()
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock that stamps the files of a folder, which may be another machine's."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder that goes with the block. Those of killed processes of this machine go now."""
+    ours = f"distill-{MACHINE}."
+    for left in Path(tempfile.gettempdir()).glob(f"{ours}*.*"):
+        pid = left.name.removeprefix(ours).partition(".")[0]
+        if pid.isdigit() and not lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{ours}{os.getpid()}.") as folder:
+        yield Path(folder)
 
 
 CHECKSUM = "checksum"  # in a file of ours: of all the rest that it says

@@ -210,7 +210,7 @@ class Search:
     def pilot(self, number: int, epochs: int) -> Mapping:
         """One short training, or what it found before: its validation accuracy and on which images it was right."""
         candidate = self.tried[number]
-        key = f"{candidate.name}, {epochs} epochs"
+        key, folder = f"{candidate.name}, {epochs} epochs", self.folder / f"{number}-{epochs}"
         if key not in self.found:
             start = time.monotonic()
             cfg = candidate.cfg
@@ -229,7 +229,6 @@ class Search:
             network = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed)
             answers = None if candidate.alone else roles.answers(cfg)
             teacher = None if candidate.alone else self.teacher
-            folder = self.folder / f"{number}-{epochs}"
             say(f"pilot {candidate.name}: {epochs} epochs")
             try:
                 fit(network, teacher, losses, data, recipe, folder, answers)
@@ -245,7 +244,7 @@ class Search:
                 "right": "".join("01"[bit] for bit in right.tolist()),
             }
             self.write()
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also where a kill left them
         return self.found[key]
 
     def write(self, **more) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import io
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from distill.cli import build, faults, roles
 from distill.cli.disk import Write, refuse_unwritable, room
 from distill.data.base import Data
 from distill.errors import UserError
+from distill.files import scratch
 from distill.losses.terms import build_losses
 from distill.networks.build import build_network
 from distill.networks.network import Network
@@ -105,9 +105,9 @@ def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data,
     own.num_workers = 0
     limits = {**ONE, "limit_train_batches": batches}
     short = recipe.changed(epochs=1, compile=False, early_stopping=None, trainer=limits)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(network, teacher, losses, own, short, Path(folder), callbacks=[clock])
-        checkpoints = sum(file.stat().st_size for file in Path(folder, "checkpoints").iterdir())
+    with scratch() as folder:
+        fit(network, teacher, losses, own, short, folder, callbacks=[clock])
+        checkpoints = sum(file.stat().st_size for file in (folder / "checkpoints").iterdir())
     return Tried(clock.step, clock.validation, checkpoints)
 
 

@@ -7,7 +7,6 @@ validation images, the smallest first, until one is accurate enough. What was ch
 later command exports the same, although times measured again would differ.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -28,7 +27,7 @@ from distill.compress.tuning import tuning
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
-from distill.files import content_key, parse_bytes, read_json, write_json
+from distill.files import content_key, parse_bytes, read_json, scratch, write_json
 from distill.networks.sources import describe
 from distill.networks.weights import content_hash
 from distill.progress import say
@@ -252,7 +251,7 @@ def _measured(
 ) -> list[Candidate]:
     """Bytes and latency of each way to quantize `net`, in one round of turns. QAT's files are as static int8's."""
     example = data.val[torch.arange(2) % len(data.val), 0].images
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         files: dict[str, list[Artifact]] = {}
         for name, step in steps.items():
             if name == "qat_int8":
@@ -260,7 +259,7 @@ def _measured(
                 step = partial(static_int8, **untrained)
             try:
                 small = net if step is None else step(net, None, data, flow)
-                files[name] = ship(small, flow, Path(folder, name))
+                files[name] = ship(small, flow, folder / name)
             except UsageError:
                 raise
             except Exception as error:  # whatever a step or an exporter stumbles over in this network
@@ -281,8 +280,8 @@ def _measured(
 
 def _largest(net: nn.Module, flow: str, ship: Callable) -> tuple[int, str]:
     """Bytes and ending of the largest file that ships of `net`."""
-    with tempfile.TemporaryDirectory() as folder:
-        return max((file.path.stat().st_size, file.path.suffix) for file in ship(net, flow, Path(folder)))
+    with scratch() as folder:
+        return max((file.path.stat().st_size, file.path.suffix) for file in ship(net, flow, folder))
 
 
 def _files(net: nn.Module, flow: str, folder: Path, *, data: Data) -> list[Artifact]:

@@ -85,7 +85,6 @@ class Rows:
 
     def _create(self, header: bytes, whole: int) -> None:
         """All at once and only if no other process was faster: a link, unlike a rename, never replaces a file."""
-        sweep(self.path)
         temporary = own_temporary(self.path)
         try:
             with open(temporary, "wb") as file:
@@ -403,6 +402,7 @@ def open_cache(
     if leads():
         with suppress(OSError):  # a full disk: said when rows are written
             folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
             with atomic(folder / "identity.json") as temporary:
                 temporary.write_text(json.dumps(known_by, indent=2), encoding="utf-8")
             if shutil.disk_usage(folder).free < size:

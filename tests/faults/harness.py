@@ -2,7 +2,7 @@
 
 A fault is Python that the process runs before anything else, and so do the processes that it starts:
 
-    done = run(folder, *WORDS, fault=full("last.ckpt"))
+    done = run(folder, *WORDS, fault=full("new.ckpt"))
     done = run(folder, *WORDS, fault=killed("student.safetensors", "before"))
     process = started(folder, *WORDS); wait_for(process, "epoch 1/"); process.kill()
 
@@ -68,11 +68,13 @@ def at_write(pattern, happen):
 '''
 
 
-def full(pattern: str, room: int = 0) -> str:
-    """The disk is full, but for `room` bytes a file, as soon as a file with a name like `pattern` is to be written."""
+def full(pattern: str, room: int = 0, times: int = 1) -> str:
+    """The disk is full, but for `room` bytes a file, from the n-th time on that a file with a name like `pattern` is to
+    be written."""
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
     return (
-        f"at_write({pattern!r}, lambda when: when == 'before' and "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.getrlimit(resource.RLIMIT_FSIZE)[1])))\n"
+        f"opened = []\nat_write({pattern!r}, lambda when: when == 'before' and "
+        f"(opened.append(0), len(opened) == {times} and {limit}))\n"
     )
 
 
