@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted", signal.SIGUSR1: "out of time"}
+SECONDS = 3  # that a loader's process works on
 
 
 class Ended(BaseException):
@@ -87,9 +88,12 @@ def take_back() -> None:
 
 
 def left_to_parent(_worker: int = 0) -> None:
-    """In a loader's process: signals that reach a whole group are its parent's to answer, which then ends it."""
+    """In a loader's process: signals that reach a whole group are its parent's to answer, which needs it for the rest
+    of a step; then it ends, as it does when its parent ends it."""
     for number in SAID:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS))
 
 
 def leave() -> None:

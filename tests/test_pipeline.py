@@ -161,7 +161,7 @@ def test_weights_that_answer_at_chance_or_for_other_classes_are_refused_at_once(
 
 def test_a_finished_run_is_not_continued_with_another_configuration(train, folder, capfd):
     assert train(f"run={folder}", "loss.kd.temperature=2", cwd=folder.parent.parent) == 2
-    assert "another configuration (loss differ" in capfd.readouterr().err
+    assert "another configuration (loss.kd" in capfd.readouterr().err
     assert OmegaConf.load(folder / "config.yaml").loss.kd.temperature == 4
 
 
@@ -172,7 +172,7 @@ def test_a_run_older_than_an_option_goes_on_with_what_the_option_is_by_default(t
     del cfg.teacher.precision
     OmegaConf.save(cfg, copy / "config.yaml")
     assert train(f"run={copy}", "stages=[report]", "teacher.precision=bf16-mixed", cwd=folder.parent.parent) == 2
-    assert "another configuration (teacher differ" in capfd.readouterr().err
+    assert "another configuration (teacher." in capfd.readouterr().err
     assert train(f"run={copy}", "stages=[report]", cwd=folder.parent.parent) == 0
     assert OmegaConf.load(copy / "config.yaml").teacher.precision == "auto"
 

@@ -249,7 +249,7 @@ def _start(path: Path) -> bytes:
 
 
 def _unpickle(path: Path):
-    _refuse_packed(path)
+    refuse_packed(path)
     try:
         with open(path, "rb") as file, warnings.catch_warnings():  # given a path, torch goes by its ending
             warnings.simplefilter("ignore")  # the errors below say the same in one line
@@ -267,7 +267,7 @@ def _unpickle(path: Path):
         raise UserError(f"{path} is a TorchScript program, expected weights: save its state_dict() instead") from error
 
 
-def _refuse_packed(path: Path) -> None:
+def refuse_packed(path: Path) -> None:
     """Raises UserError for an archive that unfolds to more than it is: torch packs no tensors."""
     if not zipfile.is_zipfile(path):  # torch's older format
         return

@@ -14,7 +14,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from distill import signals
 from distill.errors import DamagedError, UserError
 from distill.files import atomic
-from distill.networks.weights import read_state, save_weights
+from distill.networks.weights import read_state, refuse_packed, save_weights
 from distill.progress import leads, say
 
 MONITOR = "val/accuracy"
@@ -56,6 +56,7 @@ def read(path: Path) -> dict:
     try:
         if not path.stat().st_size:
             raise DamagedError(f"{path} is empty")
+        refuse_packed(path)
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
         if changed is not None:

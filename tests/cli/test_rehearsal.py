@@ -114,10 +114,10 @@ class Odd(nn.Module):
 def test_a_network_that_compression_cant_capture_is_told_before_the_teacher_is_trained(
     train, tmp_path, capfd, monkeypatch, words
 ):
-    (tmp_path / "own_nets.py").write_text(NETS)
+    (tmp_path / "odd_nets.py").write_text(NETS)
     monkeypatch.syspath_prepend(str(tmp_path))
     given = [word for word in TRAINS if not word.startswith(("stages", "export", "compress", "student"))]
-    own = ["student=custom", "student._target_=own_nets.Odd", "loss=[ce,kd]"]
+    own = ["student=custom", "student._target_=odd_nets.Odd", "loss=[ce,kd]"]
     assert train(*given, *own, *words, "export=[torchscript]", cwd=tmp_path) == 1
     told = capfd.readouterr()
     assert "compress for fx: " in told.err and "Odd can't be captured as a graph" in told.err

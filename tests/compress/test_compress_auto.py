@@ -15,7 +15,7 @@ from distill.compress.auto import Candidate, auto, exceeded, pareto, table
 from distill.compress.static_int8 import static_int8
 from distill.errors import UsageError, UserError
 from distill.export import torch_export, torchscript
-from distill.files import CONF
+from distill.files import CONF, read_json, write_json
 from distill.report.tables import Row
 from distill.runtimes.coverage import int8_share
 from distill.runtimes.measure import parameters
@@ -91,10 +91,10 @@ def test_a_later_command_takes_the_choice_and_measures_nothing(net, data, tmp_pa
     options = dict(ratios=[0.0], quantizers=["none", "static_int8"], accuracy_drop=1.0)
     first = auto(net, finetune, data, **options)
     (kept,) = (tmp_path / "compress").iterdir()
-    record = json.loads(kept.read_text())
+    record = read_json(kept)
     assert record["found"][record["chosen"]]["quantizer"] == "static_int8"
     record["chosen"] = 0  # as if times had been others then
-    kept.write_text(json.dumps(record))
+    write_json(kept, record)
     with monkeypatch.context() as patch:
         patch.setattr(search, "latency", None)
         again = auto(net, finetune, data, **options)
@@ -102,8 +102,10 @@ def test_a_later_command_takes_the_choice_and_measures_nothing(net, data, tmp_pa
     assert f"chosen before, read from {kept}" in capsys.readouterr().out
     other = auto(net, finetune, data, **options | {"accuracy_drop": 0.99})  # other options: searched anew
     assert int8_share(other) > 0.9
-    kept.write_text("[]")
-    assert int8_share(auto(net, finetune, data, **options)) > 0.9
+    for harm in ("[]", kept.read_text().replace('"chosen": 1', '"chosen": 0')):
+        kept.write_text(harm)
+        assert int8_share(auto(net, finetune, data, **options)) > 0.9
+        assert f"the search begins anew: {kept} is damaged" in capsys.readouterr().out
 
 
 def composed(*words: str):

@@ -22,7 +22,7 @@ from distill.networks.weights import read_state
 from distill.training.resume import read
 
 WORDS = [*QUICK, "name=x", "checkpoint_every=3", "optimizer.lr=0.01", "teacher.fit.epochs=1", "ema=0.9"]
-SHORT = [*WORDS, "baseline=false"]
+SHORT = [*WORDS, "baseline=false", "compress=[]"]
 RENAMED = """
 import random
 draw, replace, seen = random.Random({seed}), os.replace, []
@@ -96,7 +96,7 @@ def chain(folder: Path, words: list[str], kills: int, seed: int, most: int = 14)
         else:
             process = started(folder, *words)
             try:
-                process.wait(timeout=draw.uniform(1.5, 9))
+                process.wait(timeout=draw.uniform(1, 6))
             except Exception:  # it is still at work
                 process.send_signal(draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
             done = finished(process)
