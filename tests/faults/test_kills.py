@@ -108,13 +108,22 @@ def chain(folder: Path, words: list[str], kills: int, seed: int, most: int = 14)
     return done, count
 
 
-def test_ten_kills_of_one_run(tmp_path):
-    expected = undisturbed(tmp_path / "whole", *SHORT)
-    done, count = chain(tmp_path / "killed", SHORT, kills=10, seed=4)
-    assert done.code in (0, 1) and count == 10, done.err
-    assert_same(expected, outcome(tmp_path / "killed" / "outputs" / "x"))
-    left = [path for path in (tmp_path / "killed").rglob(".*.tmp") if path.parent.name == "x"]
-    assert left == []  # what killed processes had begun was swept
+def killed_often(folder: Path, words: list[str], kills: int, seed: int = 0, most: int = 14) -> int:
+    """As many kills, of one run after the other; each ends as if nobody had killed it. How many runs that took."""
+    expected, total, number = undisturbed(folder / "whole", *words), 0, 0
+    while total < kills:
+        place = folder / f"killed{number}"
+        done, count = chain(place, words, kills=kills - total, seed=seed + number, most=most)
+        assert done.code in (0, 1), done.err
+        assert_same(expected, outcome(place / "outputs" / "x"))
+        left = [path for path in place.rglob(".*.tmp") if path.parent.name == "x"]
+        assert left == []  # what killed processes had begun was swept
+        total, number = total + count, number + 1
+    return number
+
+
+def test_ten_kills(tmp_path):
+    assert killed_often(tmp_path, SHORT, kills=10, most=9) < 6
 
 
 LONG = {
@@ -131,15 +140,9 @@ LONG = {
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", LONG)
 def test_many_kills(tmp_path, kind):
-    words, started_at, total = LONG[kind], time.monotonic(), 0
-    expected = undisturbed(tmp_path / "whole", *words)
-    for number in range(3):
-        folder = tmp_path / f"killed{number}"
-        done, count = chain(folder, words, kills=10, seed=100 * number + len(kind), most=30)
-        assert done.code in (0, 1), done.err
-        assert_same(expected, outcome(folder / "outputs" / "x"))
-        total += count
-    print(f"{kind}: {total} kills, 3 of 3 ended alike, {time.monotonic() - started_at:.0f} s")
+    begun = time.monotonic()
+    runs = killed_often(tmp_path, LONG[kind], kills=30, seed=len(kind), most=30)
+    print(f"{kind}: 30 kills of {runs} runs, all ended alike, {time.monotonic() - begun:.0f} s")
 
 
 @pytest.mark.faults
