@@ -147,7 +147,7 @@ def test_many_kills(tmp_path, kind):
 
 @pytest.mark.faults
 def test_two_processes_killed(tmp_path):
-    words = [*WORDS, "trainer.devices=2", "+trainer.strategy=ddp", "export=[]", "compress=[]", "cache=off"]
+    words = [*WORDS, "trainer.devices=2", "trainer.strategy=ddp", "export=[]", "compress=[]", "cache=off"]
     expected = undisturbed(tmp_path / "whole", *words)
     draw, folder = random.Random(0), tmp_path / "killed"
     folder.mkdir()
