@@ -47,7 +47,8 @@ def command(job):
             signals.leave()
             folder = shlex.quote(HydraConfig.get().runtime.output_dir)
             again = f"; {requeued}" if end.number == signal.SIGUSR1 and (requeued := _requeue()) else ""
-            print(f"{end}; python train.py run={folder} goes on{again}", file=sys.stderr, flush=True)
+            if leads():
+                print(f"{end}; python train.py run={folder} goes on{again}", file=sys.stderr, flush=True)
             sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:

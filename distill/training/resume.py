@@ -137,10 +137,8 @@ class Checkpoints(Checkpoint):
         self.rows = []  # an epoch's metrics each
         self.kept = deque(maxlen=2)  # best epochs that the two newest states name
 
-    def on_fit_start(self, trainer, module) -> None:
-        signals.take_back()
-
     def on_train_start(self, trainer, module) -> None:
+        signals.take_back()  # Lightning, which has just set its own, would leave between two steps, with nothing saved
         self.step = trainer.global_step
 
     def on_validation_end(self, trainer, module) -> None:

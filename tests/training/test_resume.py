@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,17 @@ def test_a_signal_saves_in_mid_epoch_and_says_what_goes_on(folder, whole, by, co
     ended, said = run(folder, f"run=outputs/{name}")
     assert ended == 0 and "continuing after 1 epochs and 3 of 7 batches" in said
     assert_same_bits(whole, left)
+
+
+def test_two_processes_that_are_terminated_save_and_go_on(folder):
+    words = [*WORDS, "trainer.devices=2", "trainer.strategy=ddp", "checkpoint_every=100"]
+    assert run(folder, *words, "name=pair")[0] == 0
+    ended, said = run(folder, *words, "name=pair2", kill_at=6, by=signal.SIGTERM)
+    left = folder / "outputs" / "pair2"
+    assert (ended, status(left)) == (143, "terminated") and "Traceback" not in said
+    ended, said = run(folder, "run=outputs/pair2")
+    assert ended == 0 and re.search(r"continuing after \d epochs and [1-9] of", said)
+    assert_same_bits(folder / "outputs" / "pair", left)
 
 
 def test_a_second_interrupt_leaves_at_once_and_a_storm_of_terminations_does_not(folder, whole):
