@@ -173,11 +173,11 @@ def test_a_signal_saves_in_mid_epoch_and_says_what_goes_on(folder, whole, by, co
 def test_two_processes_that_are_terminated_save_and_go_on(folder):
     words = [*WORDS, "trainer.devices=2", "trainer.strategy=ddp", "checkpoint_every=100"]
     assert run(folder, *words, "name=pair")[0] == 0
-    ended, said = run(folder, *words, "name=pair2", kill_at=6, by=signal.SIGTERM)
+    ended, said = run(folder, *words, "name=pair2", kill_at=5, by=signal.SIGTERM)
     left = folder / "outputs" / "pair2"
     assert (ended, status(left)) == (143, "terminated") and "Traceback" not in said
     ended, said = run(folder, "run=outputs/pair2")
-    assert ended == 0 and re.search(r"continuing after \d epochs and [1-9] of", said)
+    assert ended == 0 and re.search(r"continuing after 1 epochs and [1-9] of", said)
     assert_same_bits(folder / "outputs" / "pair", left)
 
 
