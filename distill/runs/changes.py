@@ -47,7 +47,6 @@ SAME_BITS = (  # told, and taken
     "trainer.profiler",
     "trainer.default_root_dir",
 )
-# the last word of an option that names a file or folder
 SHOWN = 6
 
 
@@ -65,17 +64,14 @@ def refuse_changes(folder: Path, saved: dict, words: list[str], new: DictConfig,
     Raises:
         UsageError: something else differs, named key by key, and `force` is false.
     """
-    known = compose("train", words)
-    known, saved, new = (
-        dict(_leaves(renamed(each)))
-        for each in (OmegaConf.to_container(known, resolve=True), saved, OmegaConf.to_container(new, resolve=True))
-    )
+    known, new = (renamed(OmegaConf.to_container(cfg, resolve=True)) for cfg in (compose("train", words), new))
+    known, saved, new = (dict(_leaves(each)) for each in (known, saved, new))
     old = known | saved
     known_now = {key.partition(".")[0] for key in new} - {*FREE}
     keys = [key for key in dict.fromkeys([*new, *saved]) if key.partition(".")[0] in known_now]
     changed = {key: (old.get(key), new.get(key)) for key in keys if not _same(key, old.get(key), new.get(key))}
     told = {key: f"{key} {_short(before)} → {_short(now)}" for key, (before, now) in changed.items()}
-    for key in told.keys() & {*SAME_BITS}:
+    for key in (key for key in told if key in SAME_BITS):
         say(f"changed: {told[key]}, which changes no bit of the result")
     others = [told[key] for key in told if key not in SAME_BITS]
     if others and not force:

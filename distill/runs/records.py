@@ -27,16 +27,15 @@ def read_record(folder: Path, changed: bool = False) -> dict:
     Raises:
         DamagedError: it is not one that a run wrote.
     """
+    file = folder / "run.json"
     with ways_on(folder):
-        record = read_json(folder / "run.json", MOST, changed)
-    words = record.get("overrides")
-    kinds = {"choices": dict, "overrides": list, "created": str, "versions": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-    # Hydra's own options are never among a run's words: they could name folders and packages to search
-    if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
-        what = f"it says nothing that makes sense of its {(wrong or ['overrides'])[0]}"
-        with ways_on(folder):
-            raise DamagedError(f"{folder}/run.json is damaged, or not one of ours ({what})")
+        record = read_json(file, MOST, changed)
+        words = record.get("overrides")
+        kinds = {"choices": dict, "overrides": list, "created": str, "versions": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+        # Hydra's own options are never among a run's words: they could name folders and packages to search
+        if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
+            raise damaged(file, f"it says nothing that makes sense of its {(wrong or ['overrides'])[0]}")
     return record
 
 
