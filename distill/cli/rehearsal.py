@@ -163,7 +163,7 @@ def _kept(cfg: DictConfig, data: Data, student: Network, teacher: Teacher) -> in
 def _writes(
     cfg: DictConfig, folder: Path, student: Network, teacher: Teacher, checkpoints: int, kept: int, fits: bool
 ) -> list[Write]:
-    """What the run will write, about: a checkpoint lies beside the one that it replaces, a teacher's is to the
+    """What the run will write, about: a checkpoint is written beside the two that are kept, a teacher's is to the
     student's as its weights are, and an exported file is no larger than the student's weights. A store in which all is
     fitted is only read, and so can a cache be that is there."""
     weights = serialised_bytes(student.net)
@@ -171,9 +171,9 @@ def _writes(
     files = len(cfg.export) * (2 if cfg.compress else 1) * weights if "export" in cfg.stages else 0
     cache = Path(cfg.cache.folder)
     found = [
-        Write("checkpoints", "name", folder, 2 * checkpoints),
+        Write("checkpoints", "name", folder, 3 * checkpoints),
         Write("exported files", "name", folder, files),
-        Write("what is fitted once", "store", Path(cfg.store), int(2 * checkpoints * largest)) if fits else None,
+        Write("what is fitted once", "store", Path(cfg.store), int(3 * checkpoints * largest)) if fits else None,
         Write("the teacher's answers", "cache.folder", cache, kept, needed=not cache.is_dir()) if kept else None,
     ]
     return [one for one in found if one]
