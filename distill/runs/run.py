@@ -51,17 +51,23 @@ class Run:
         return self.does("compress") or self.record.get("compressed") == list(self.cfg.compress)
 
     def distilled(self, whole: bool = False) -> bool:
-        """Whether there is a student; `whole`: and what there is of it is what was written, which is said if not."""
+        """Whether there is a student; `whole`: one that is what was written. If not, and there are checkpoints to take
+        it from again, that is said.
+
+        Raises:
+            DamagedError: it is not, and there are none.
+        """
+        found = (self.folder / STUDENT).is_file()
         files = [file for name in (STUDENT, STUDENT_LAST) if (file := self.folder / name).is_file()]
-        if not whole or self.record.get("given"):
-            return self.folder / STUDENT in files
-        for file in files:
+        for file in files if found and whole else []:
             try:
                 read_state(file)
             except DamagedError as error:
+                if not (self.folder / "checkpoints").exists():
+                    raise DamagedError(f"{error}; there are no checkpoints to take it from again") from error
                 say(f"warning: {error}; the student is taken from the checkpoints")
                 return False
-        return len(files) == 2
+        return found
 
     def check_images(self, data: Data) -> None:
         """Raises UserError where the run's images are others than they were, and force=true is not given."""

@@ -191,7 +191,8 @@ class Checkpoints(Checkpoint):
         return {"last": self.last, "best": self.best, "rows": self.rows}
 
     def load_state_dict(self, state: dict) -> None:
-        self.last, self.best, self.rows = state["last"], state["best"], state.get("rows", [])
+        self.last, self.best = state["last"], state["best"]
+        self.rows = state["rows"] if "rows" in state else _logged(self.folder.parent)
         self._write_table()
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
@@ -199,6 +200,15 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         trainer.should_stop = checkpoint.get("stopped", False)  # early stopping's decision
+
+
+def _logged(folder: Path) -> list[dict]:
+    """The epochs' metrics that an earlier version's logger wrote, a file an attempt and two lines an epoch."""
+    rows: dict[str, dict] = {}
+    for file in sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda file: (len(str(file)), file)):
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+            rows.setdefault(row["epoch"], {}).update({name: value for name, value in row.items() if value})
+    return list(rows.values())
 
 
 def _asked(trainer) -> bool:

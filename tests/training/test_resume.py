@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from distill.errors import DamagedError
 from distill.runs import tables
-from distill.training.resume import TABLE, read
+from distill.training.resume import TABLE, Checkpoints, read
 
 KILLER = '''
 import os, signal
@@ -121,6 +121,32 @@ def test_killed_after_training_weights_and_metrics_are_taken_from_the_checkpoint
     for name in ("student.safetensors", "student_last.safetensors", "run.json", "config.yaml"):
         same = (copy / name).read_bytes() == (whole / name).read_bytes()
         assert same or not name.endswith("tensors"), name  # the same file, not only the same numbers
+
+
+def test_metrics_that_an_earlier_version_logged_are_kept(tmp_path):
+    """It wrote a file an attempt, validation and training in lines of their own, and nothing into the checkpoint."""
+    for attempt, lines in enumerate([["epoch,step,val/ece,lr", "0,6,0.5,", "0,6,,0.1"], ["epoch,step,lr", "1,13,0.2"]]):
+        place = tmp_path / "metrics" / f"version_{attempt}"
+        place.mkdir(parents=True)
+        (place / "metrics.csv").write_text("\n".join(lines))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    checkpoints.load_state_dict({"last": {"epoch": 2, "accuracy": 0.5}, "best": {"epoch": 2, "accuracy": 0.5}})
+    table = tables.curves(tmp_path)
+    assert table["epoch"].tolist() == [1, 2]
+    assert table["lr"].tolist() == [0.1, 0.2] and table["val/ece"].tolist()[0] == 0.5
+    assert (tmp_path / TABLE).read_text().splitlines()[1:] == ["0,6,0.5,0.1", "1,13,,0.2"]
+
+
+def test_a_student_without_its_checkpoints_is_not_trained_again(folder, whole):
+    copy = whole.with_name("slim")
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "student_last.safetensors").unlink()
+    code, said = run(folder, "run=outputs/slim", "stages=[teacher,distill]")
+    assert code == 0 and "done before" in said
+    damaged(copy / "student.safetensors", "flipped")
+    code, said = run(folder, "run=outputs/slim", "stages=[teacher,distill]")
+    assert code == 1 and "student.safetensors is damaged" in said and "there are no checkpoints" in said
 
 
 def test_early_stopping_belongs_to_the_checkpoint(folder):
