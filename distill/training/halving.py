@@ -20,16 +20,18 @@ class Plan:
 
 
 def plan(candidates: int, budget: int, full: int) -> Plan | None:
-    """The most candidates, then the longest trainings, that `budget` epochs pay for, where the last ones are at least
-    LEAST as long as the full training of `full` epochs; None: it doesn't even pay for two.
+    """The most candidates, then the longest last trainings, that `budget` epochs pay for: halved down to ETA, or all of
+    them once where that is all that is paid for. The last ones are at least LEAST as long as the full training of
+    `full` epochs; None: it doesn't even pay for two.
     """
-    best = None
-    for count in range(2, candidates + 1):
-        for first in range(1, budget // count + 1):
-            found = _rungs(count, first)
-            if found.cost <= budget and found.rungs[-1][1] >= LEAST * full:
-                best = found
-    return best
+    found = [
+        each
+        for count in range(2, candidates + 1)
+        for first in range(1, budget // count + 1)
+        for each in (Plan(((count, first),)), _rungs(count, first))
+        if each.cost <= budget and each.rungs[-1][1] >= LEAST * full
+    ]
+    return max(found, key=lambda each: (each.rungs[0][0], each.rungs[-1][1]), default=None)
 
 
 def _rungs(count: int, epochs: int) -> Plan:

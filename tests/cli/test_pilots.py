@@ -4,13 +4,15 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from distill.cli import config
-from distill.cli.pilots import candidates, planned
+from distill.cli.pilots import Search, candidates, planned
 from distill.errors import UsageError
+from distill.training.halving import Plan
 
 WORDS = [
     "recipe=auto",
@@ -117,3 +119,30 @@ def same_tensors(folder) -> bool:
 
     one, other = (load_file(folder / f"outputs/{name}/student_last.safetensors") for name in ("whole", "killed"))
     return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def search(right: dict[str, int], images: int = 200):
+    """A search whose candidates answer so many of the validation images rightly: what it chooses and says."""
+    names = list(right)
+    tried = [SimpleNamespace(name=name, words=[name] * (name != "as configured"), alone="ce" in name) for name in names]
+    found = Search.__new__(Search)
+    found.tried, found.usual, found.plan = tried, names.index("as configured"), Plan(((len(names), 1),))
+    found.pilot = lambda each, _: {"right": "1" * right[names[each]] + "0" * (images - right[names[each]])}
+    alive = sorted(range(len(names)), key=lambda each: -right[names[each]])
+    best, sentence = found.chosen(alive)
+    return names[best], sentence
+
+
+@pytest.mark.parametrize(
+    ("right", "chosen", "told"),
+    [
+        ({"ce": 90, "as configured": 100, "dkd": 99}, "as configured", "nothing is ahead of it"),
+        ({"ce": 90, "as configured": 100, "dkd": 103}, "dkd", "ahead of, but not shown to be better than, as conf"),
+        ({"ce": 90, "as configured": 100, "dkd": 130}, "dkd", "better than as configured by +15.0 points"),
+        ({"ce": 103, "as configured": 100, "dkd": 99}, "as configured", "the student alone is ahead of, but not shown"),
+        ({"ce": 130, "as configured": 100, "dkd": 120}, "ce", "nothing beats the student alone, better than"),
+    ],
+)
+def test_the_best_is_taken_and_the_student_alone_where_it_is_shown(right, chosen, told):
+    best, sentence = search(right)
+    assert best == chosen and told in sentence

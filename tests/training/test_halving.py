@@ -13,6 +13,7 @@ from distill.training.schedules import cosine, multistep, squeezed
     [
         (12, 1, 5, None),
         (12, 3, 10, ((3, 1),)),
+        (12, 5, 5, ((5, 1),)),  # all of them once, where halving pays for three
         (12, 9, 30, ((3, 3),)),
         (12, 30, 100, ((3, 10),)),  # the last at least a tenth of the full training
         (12, 60, 100, ((6, 4), (3, 12))),
