@@ -229,12 +229,12 @@ def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd
     told = capfd.readouterr()
     table = tables.summary(tmp_path / "outputs" / "sweeps")
     assert len(table) == 4
-    assert table["run"].tolist() == ["0", "1", "2", "3"]
+    assert table["run"].iloc[0] == "student=resnet8_tiny,kd.temperature=2"
     assert sorted(table["student"]) == ["resnet8", "resnet8", "resnet8_tiny", "resnet8_tiny"]
     done = table[table["status"] == "done"]
     assert len(done) == 2  # the other temperature diverges
     assert code == 1
-    assert "4 runs in outputs/sweeps" in told.out
+    assert "2 of 4 jobs are done, in outputs/sweeps" in told.out
     assert told.err.count("error: the loss diverged") == 2
     assert (done["gain"] - (done["student top-1"] - done["student alone top-1"])).abs().max() < 1e-9
     # the teacher was fitted once for all of them

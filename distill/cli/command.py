@@ -21,13 +21,14 @@ from hydra.types import RunMode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distill import __version__, signals
-from distill.cli import config, faults, help, seeds, streams
+from distill.cli import config, faults, help, seeds, streams, sweep
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
-from distill.progress import leads, shown
+from distill.progress import leads, say, shown
 from distill.runs.moved import present
 from distill.runs.records import forced
+from distill.runs.sweeps import again, is_done, note_error
 from distill.schema.values import nearest
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
@@ -39,25 +40,29 @@ def command(job):
     @functools.wraps(job)
     def guarded(cfg):
         try:
+            if _done_before():
+                return None
             _need("torch", "torchvision")
             present(cfg)
             config.check(cfg, list(HydraConfig.get().overrides.task))
             return job(cfg)
         except signals.Ended as end:
             signals.leave()
-            folder = shlex.quote(HydraConfig.get().runtime.output_dir)
-            again = f"; {requeued}" if end.number == signal.SIGUSR1 and (requeued := _requeue()) else ""
+            queued = f"; {requeued}" if end.number == signal.SIGUSR1 and (requeued := _requeue()) else ""
             if leads():
-                print(f"{end}; python train.py run={folder} goes on{again}", file=sys.stderr, flush=True)
+                print(f"{end}; python train.py {_goes_on()} goes on{queued}", file=sys.stderr, flush=True)
             sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:
                 raise
             code = _tell(error)
-            with contextlib.suppress(OSError):  # a folder in which nothing was begun
-                os.rmdir(HydraConfig.get().runtime.output_dir)
+            folder = Path(HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
+                if leads() and not (folder / "run.json").exists():
+                    note_error(folder, _told(error)[0])
                 return None  # the sweep goes on; its table shows the failure and sets the exit code
+            with contextlib.suppress(OSError):  # a folder in which nothing was begun
+                folder.rmdir()
             sys.exit(code)
 
     @functools.wraps(job)
@@ -74,7 +79,11 @@ def command(job):
             with signals.handled():
                 sys.argv[1:] = forced(seeds.spread(sys.argv[1:]))
                 _refuse_words(sys.argv[1:])
-                hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
+                sys.argv[1:] = _flags_first(sweep.placed(sys.argv[1:]))
+                try:
+                    hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
+                finally:
+                    sweep.abandoned(sys.argv[1:])
         except signals.Ended as end:  # before there was a run
             print(end, file=sys.stderr)
             sys.exit(end.code)
@@ -129,8 +138,32 @@ def _explain(group: str) -> None:
         sys.exit(_tell(error))
 
 
+def _done_before() -> bool:
+    """Whether this is a sweep's job that an earlier command finished: said, and not done again."""
+    job = HydraConfig.get()
+    done = job.mode == RunMode.MULTIRUN and is_done(Path(job.runtime.output_dir), job.overrides.task)
+    if done:
+        say(f"done before: {job.runtime.output_dir}")
+    return done
+
+
+def _goes_on() -> str:
+    """The words that continue this run, or its sweep."""
+    job = HydraConfig.get()
+    if job.mode != RunMode.MULTIRUN:
+        return f"run={shlex.quote(job.runtime.output_dir)}"
+    return shlex.join(again(Path(job.sweep.dir)))
+
+
 def _tell(error: Exception) -> int:
     """Print the error as one line and return the exit code."""
+    text, code = _told(error)
+    print("error: " + shown(text), file=sys.stderr, flush=True)
+    return code
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """The error as one line, and the exit code."""
     chain = faults.chain(error)
     known = next((link for link in chain if isinstance(link, UserError)), None)
     usage = isinstance(known or error, (UsageError, HydraException, OmegaConfBaseException))
@@ -148,8 +181,7 @@ def _tell(error: Exception) -> int:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     else:
         text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
-    print("error: " + shown(" ".join(text.split())), file=sys.stderr, flush=True)
-    return 2 if usage else 1
+    return " ".join(text.split()), 2 if usage else 1
 
 
 def _need(*packages: str) -> None:
@@ -198,7 +230,7 @@ def _refuse_words(argv: list[str]) -> None:
     for word in argv:
         if config.is_group(word, _groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
             raise UsageError(f"{word}: expected the name of a choice; python train.py --help lists them")
-    _, unknown = get_args_parser().parse_known_args(argv)
+    _, unknown = get_args_parser().parse_known_intermixed_args(argv)
     for flag in (word for word in unknown if word.startswith("-")):
         name, _, value = flag.partition("=")
         after = argv[argv.index(flag) + 1 :]
@@ -206,6 +238,15 @@ def _refuse_words(argv: list[str]) -> None:
             value = after[0]
         near = meant(name, _known_keys()) or "KEY"
         raise UsageError(f"no option '{flag}'; options are words without dashes: {near}={value or 'VALUE'}")
+
+
+def _flags_first(argv: list[str]) -> list[str]:
+    """Hydra's flags before the words: its parser takes no words on both sides of one (`seed=0,1 -m name=x`)."""
+    words = get_args_parser().parse_known_intermixed_args(argv)[0].overrides
+    flags = list(argv)
+    for word in reversed(words):  # the last of equal ones: a flag's own value stands before
+        del flags[len(flags) - 1 - flags[::-1].index(word)]
+    return [*flags, *words]
 
 
 def _groups() -> set[str]:

@@ -17,6 +17,7 @@ from distill.files import CONF, config_dirs
 from distill.losses.weight import check_weight
 from distill.progress import leads
 from distill.runs.records import STARTING_POINT, continued, unforced
+from distill.runs.sweeps import job_name
 from distill.schema.values import Problem, problems
 
 LEAST = 0.1  # of a weight of 1: the labels' part
@@ -27,6 +28,8 @@ def register(argv: list[str] | None = None) -> None:
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("by_start", by_start, replace=True)
     OmegaConf.register_new_resolver("rest_of", rest_of, replace=True)
+    OmegaConf.register_new_resolver("share_of_epochs", share_of_epochs, replace=True)
+    OmegaConf.register_new_resolver("job_name", job_name, replace=True)
     store = ConfigStore.instance()
     store.__deepcopy__ = lambda memo: (
         store
@@ -55,6 +58,11 @@ def rest_of(weight):
     if isinstance(weight, list):
         return [[epoch, rest_of(value)] for epoch, value in weight]
     return round(max(LEAST, 1 - weight), 6)
+
+
+def share_of_epochs(share, *, _root_):
+    """So much of the training, in epochs: 20 of 240 are 0.083."""
+    return round(share * _root_.trainer.max_epochs, 3)
 
 
 def run_dir(run: str | None, new: str) -> str:

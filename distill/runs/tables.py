@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from distill.errors import DamagedError, UserError
 from distill.files import MOST, damaged, read_json, read_yaml
 from distill.progress import say
 from distill.runs.records import read_record
+from distill.runs.sweeps import varied
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,14 +45,16 @@ def models(*roots: str | Path) -> pd.DataFrame:
 
 
 def summary(*roots: str | Path) -> pd.DataFrame:
-    """One row a run: its status, the accuracies of teacher, student alone and student, the gain over the student
-    alone (all in [0, 1]), and of its smallest file the name, accuracy, bytes and latency in ms."""
+    """One row a run: what it was, a column for each option that its sweep varies, its status and error, the accuracies
+    of teacher, student alone and student, the gain over the student alone (all in [0, 1]), and of its smallest file the
+    name, accuracy, bytes and latency in ms."""
     import pandas as pd
 
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
-        row = {key: value for key, value in _identity(folder).items() if key != "folder"}
-        row["status"] = str(_record(folder).get("status"))
+        row = _identity(folder)
+        row |= {key: value for key, value in swept(folder).items() if key not in row}
+        row["status"], row["error"] = (_record(folder).get(key) for key in ("status", "error"))
         if (folder / "report.json").is_file():
             report = read_report(folder)
             by_name = {model["name"]: model for model in report["rows"]}
@@ -70,6 +74,21 @@ def summary(*roots: str | Path) -> pd.DataFrame:
                 row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def swept(folder: Path) -> dict[str, str | float]:
+    """What a run varies in its sweep, by option; nothing where it is none of one."""
+    apart = varied(folder.parent, _record(folder)["overrides"])
+    return {key: _plain(value) for key, value in apart.items()}
+
+
+def _plain(text: str) -> str | float:
+    """A number where the word is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            if math.isfinite(value := kind(text)):
+                return value
+    return text
 
 
 def read_report(folder: Path) -> dict:
@@ -152,17 +171,3 @@ def _identity(folder: Path) -> dict:
         "overrides": " ".join(record["overrides"]),
         "options": " ".join(sorted(word for word in record["overrides"] if not word.startswith(("seed=", "name=")))),
     }
-
-
-SHOWN = [
-    "run",
-    "overrides",
-    "status",
-    "student alone top-1",
-    "student top-1",
-    "gain",
-    "file",
-    "file top-1",
-    "bytes",
-    "latency_ms",
-]
