@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distill import __version__, signals
-from distill.cli import config, faults, help, seeds, streams, sweep
+from distill.cli import config, faults, help, paths, seeds, streams, sweep
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
@@ -77,7 +77,7 @@ def command(job):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
             with signals.handled():
-                sys.argv[1:] = forced(seeds.spread(sys.argv[1:]))
+                sys.argv[1:] = forced(seeds.spread(paths.quoted(sys.argv[1:])))
                 _refuse_words(sys.argv[1:])
                 sys.argv[1:] = _flags_first(sweep.placed(sys.argv[1:]))
                 try:
