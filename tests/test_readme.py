@@ -2,10 +2,14 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
 
+import pytest
+import yaml
 from conftest import QUICK, ROOT
 
 README = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())  # commands over several lines
@@ -41,22 +45,70 @@ def test_a_loss_of_the_users_own_is_a_class_and_a_yaml(tmp_path):
     assert "train/mine" in metrics.read_text()
 
 
-def test_every_option_that_the_readme_names_exists(train, tmp_path, capfd):
-    commands = re.findall(r"^    python train\.py (.*?)(?:\s{2,}#.*)?$", README, re.M)
-    assert len(commands) > 8
-    for command in commands:
-        if "--config-dir" in command or "run=" in command:
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, command.strip())
+    for page in PAGES
+    for command in re.findall(
+        r"^[^`|\n]*?\bpython train\.py +([^#`\n]*)", re.sub(r" \\\n +", " ", page.read_text(encoding="utf-8")), re.M
+    )
+    if "--config-dir" not in command and "GROUP" not in command and not command.startswith(("…", "run=outputs/small"))
+]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_of_readme_and_docs_is_one(train, tmp_path, capfd, page, command):
+    """All of its options exist and go together: the only thing wrong is a stage that doesn't exist."""
+    words = [word for word in shlex.split(command) if word not in ("-m", "&&", "…")]
+    words = [re.sub(r"\b(NAME|FILE|PATH|FOLDER)\b", "nowhere", word).replace("seeds=", "seed=") for word in words]
+    words = [word for word in words if not word.startswith(("run=", "sweep=", "stages="))]
+    words = [re.sub(r"^(\w+=\[[^]]*\]),\[.*", r"\1", word) for word in words]  # a sweep's first job
+    words = [word if "[" in word or not re.search(r"=[\w.]+,\w", word) else word.partition(",")[0] for word in words]
+    assert train(*words, "stages=[none]", cwd=tmp_path) == 2
+    assert "error: stages=[none]: expected" in capfd.readouterr().err
+
+
+def test_no_line_of_the_readme_is_longer_than_a_screen():
+    assert [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
             continue
-        words = re.findall(r"'[^']*'|\S+", command)
-        words = [
-            word.strip("'").replace("seeds=", "seed=").replace("PATH", "nowhere").replace("FILE", "nowhere")
-            for word in words
-            if word != "-m" and not word.startswith("sweep=")
-        ]
-        words = [word if not re.search(r"=\w+,\w", word) else word.partition(",")[0] for word in words]
-        words = [
-            f"{word.partition('],[')[0]}]" if word.startswith("loss=") and "],[" in word else word for word in words
-        ]  # a sweep's first job
-        # the only thing wrong is a stage that doesn't exist, so that nothing starts
-        assert train(*words, "stages=[none]", cwd=tmp_path) == 2
-        assert "error: stages=[none]: expected" in capfd.readouterr().err, command
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+            assert anchor in slugs, target
+
+
+def test_every_page_is_in_the_sites_contents():
+    contents = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    listed = [
+        page
+        for section in contents
+        for part in section.values()
+        for page in ([part] if isinstance(part, str) else part)
+    ]
+    assert sorted(listed) == sorted(page.name for page in PAGES[1:])
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("zensical", reason="the documentation's extra is not installed: pip install -e '.[docs]'")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "distill").symlink_to(ROOT / "distill")
+    for name in ("mkdocs.yml", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "zensical", "build"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "outputs/site/index.html").is_file()
