@@ -7,6 +7,7 @@ SIGTERM and SIGINT (Ctrl-C) ask once; a second SIGINT leaves at once. SIGUSR1 is
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -94,6 +95,19 @@ def left_to_parent(_worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS))
+
+
+def end_with_parent() -> None:
+    """This process, one of several that train together, ends with the one that started it: killed, that one can't end
+    it, and a rendezvous waits for half an hour for those that are gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave() -> None:

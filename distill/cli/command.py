@@ -68,6 +68,8 @@ def command(job):
     @functools.wraps(job)
     def main():
         streams.last()
+        if not leads():
+            signals.end_with_parent()
         if "--version" in sys.argv[1:]:
             print(f"distill {__version__}")
             return
