@@ -112,3 +112,10 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "zensical", "build"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "outputs/site/index.html").is_file()
+
+
+def test_the_tables_of_results_are_those_of_the_files():
+    from benchmarks.results import PAGE, written
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert written(text) == text, "python -m benchmarks.results writes them anew"

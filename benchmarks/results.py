@@ -1,0 +1,91 @@
+"""The tables of docs/results.md that stand in files of benchmarks/: written anew between their marks.
+
+    python -m benchmarks.results
+"""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+from scipy.stats import spearmanr
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "results.md"
+METHODS = "tiny resnet8 5 methods"
+
+
+def gain(found: dict, settings: dict) -> str:
+    """The default beside the student alone, `recipe=auto` and the better published method."""
+    lines = [
+        "| setting | test images | seeds | alone | default | gain | 95 % interval | `recipe=auto` | best published |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, setting in settings.items():
+        row, measured = setting.get("row"), found.get(name)
+        if not row or not measured or row["default"] not in measured["candidates"]:
+            continue
+        candidates = measured["candidates"]
+        default = candidates[row["default"]]
+        there = [each for each in row["published"] if each in candidates]
+        best = max(there, key=lambda each: candidates[each]["mean"], default=None)
+        cells = [
+            row["title"],
+            f"{measured['test images']:,}",
+            str(default["seeds"]),
+            score(candidates[measured["best alone"]]),
+            score(default),
+            *difference(default),
+            score(candidates[row["auto"]]) if row["auto"] in candidates else "",
+            f"{best.partition(',')[0]} {score(candidates[best])}" if best else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def methods(found: dict, settings: dict) -> str:
+    """Methods by their gain, beside what was published of them, and the rank correlation of the two."""
+    published = settings[METHODS]["published"]
+    lines = [
+        "| method | top-1 % | gain | 95 % interval | published, CIFAR-100, ResNet-56 → 20 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    pairs = []
+    for candidate, row in sorted(found[METHODS]["candidates"].items(), key=lambda item: -item[1]["mean"]):
+        name = candidate.partition(",")[0]
+        name = {".1:.9 T4": "kd", "alone": "none: the student alone"}.get(name, name)
+        own = ("", "") if candidate == found[METHODS]["best alone"] else difference(row)
+        lines.append("| " + " | ".join([name, score(row), *own, str(published.get(name, ""))]) + " |")
+        if name in published:
+            pairs.append((row["mean"], published[name]))
+    rank = spearmanr(*zip(*pairs, strict=True))
+    told = f"Rank correlation of the two, over {len(pairs)} methods: {rank.statistic:.2f} (p = {rank.pvalue:.2f})."
+    return "\n".join([*lines, "", told])
+
+
+def score(row: dict) -> str:
+    deviation = row.get("standard deviation")
+    return f"{100 * row['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def difference(row: dict) -> tuple[str, str]:
+    if "gain" not in row:
+        return "", ""
+    return f"{100 * row['gain']:+.1f}", f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+
+
+def written(text: str) -> str:
+    """The page with its tables as the files have them."""
+    found = json.loads((FOLDER / "gain.json").read_text(encoding="utf-8"))["found"]
+    settings = yaml.safe_load((FOLDER / "gain.yaml").read_text(encoding="utf-8"))["settings"]
+    for make in (gain, methods):
+        mark = make.__name__
+        pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+        made = make(found, settings)
+        text, count = re.subn(pattern, lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text, flags=re.S)
+        assert count == 1, f"{PAGE} has no marks for {mark}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
