@@ -5,7 +5,6 @@ import functools
 import gc
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,10 +17,11 @@ from hydra._internal.utils import get_args_parser  # which flags are Hydra's: it
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from distill import __version__, signals
-from distill.cli import config, faults, help, seeds, streams
+from distill import __version__, asked, signals
+from distill.cli import config, faults, help, seeds, streams, words
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
@@ -39,16 +39,14 @@ def command(job):
     @functools.wraps(job)
     def guarded(cfg):
         try:
-            _need("torch", "torchvision")
-            present(cfg)
-            config.check(cfg, list(HydraConfig.get().overrides.task))
+            prepare(cfg)
             return job(cfg)
         except signals.Ended as end:
             signals.leave()
-            folder = shlex.quote(HydraConfig.get().runtime.output_dir)
-            again = f"; {requeued}" if end.number == signal.SIGUSR1 and (requeued := _requeue()) else ""
+            folder = HydraConfig.get().runtime.output_dir
+            requeued = f"; {said}" if end.number == signal.SIGUSR1 and (said := _requeue()) else ""
             if leads():
-                print(f"{end}; python train.py run={folder} goes on{again}", file=sys.stderr, flush=True)
+                print(f"{end}; {asked.again(f'run={folder}')} goes on{requeued}", file=sys.stderr, flush=True)
             sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:
@@ -66,14 +64,14 @@ def command(job):
         if "--version" in sys.argv[1:]:
             print(f"distill {__version__}")
             return
-        if (asked := _asked_about(sys.argv[1:])) is not None:
-            return _explain(asked)
+        if (group := _asked_about(sys.argv[1:])) is not None:
+            return _explain(group)
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
             with signals.handled():
-                sys.argv[1:] = forced(seeds.spread(sys.argv[1:]))
-                _refuse_words(sys.argv[1:])
+                sys.argv[1:] = forced(seeds.spread(words.spelled(sys.argv[1:])))
+                refuse_words(sys.argv[1:])
                 hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
         except signals.Ended as end:  # before there was a run
             print(end, file=sys.stderr)
@@ -84,6 +82,17 @@ def command(job):
             sys.exit(_tell(error))
 
     return main
+
+
+def prepare(cfg: DictConfig) -> None:
+    """All that is known to be wrong before work begins, told; names of earlier versions become the present ones.
+
+    Raises:
+        UserError: a package is not installed, or the configuration is wrong.
+    """
+    _need("torch", "torchvision")
+    present(cfg)
+    config.check(cfg, list(HydraConfig.get().overrides.task))
 
 
 @contextlib.contextmanager
@@ -131,12 +140,18 @@ def _explain(group: str) -> None:
 
 def _tell(error: Exception) -> int:
     """Print the error as one line and return the exit code."""
+    told = explained(error) or UserError(f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
+    print("error: " + shown(" ".join(str(told).split())), file=sys.stderr, flush=True)
+    return 2 if isinstance(told, UsageError) else 1
+
+
+def explained(error: Exception) -> UserError | None:
+    """What a user is told of an error; None where nothing is known of it."""
     chain = faults.chain(error)
     known = next((link for link in chain if isinstance(link, UserError)), None)
-    usage = isinstance(known or error, (UsageError, HydraException, OmegaConfBaseException))
     if known:
-        text = str(known)
-    elif isinstance(error, (HydraException, OmegaConfBaseException)):
+        return known
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = _hydra_text(chain)
     elif absent := next(filter(None, map(_not_installed, chain)), None):
         text = absent
@@ -147,9 +162,9 @@ def _tell(error: Exception) -> int:
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     else:
-        text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
-    print("error: " + shown(" ".join(text.split())), file=sys.stderr, flush=True)
-    return 2 if usage else 1
+        return None
+    usage = isinstance(error, (HydraException, OmegaConfBaseException))
+    return (UsageError if usage else UserError)(text)
 
 
 def _need(*packages: str) -> None:
@@ -187,17 +202,17 @@ def _hydra_text(chain: list[Exception]) -> str:
     if unknown is not None and isinstance(chain[0], ConfigCompositionException):
         near = meant(unknown.full_key, _known_keys())
         hint = f"; did you mean {near}?" if near else "."
-        return f"no option '{unknown.full_key}'{hint} python train.py --help lists them"
+        return f"no option '{unknown.full_key}'{hint} {asked.again('--help')} lists them"
     # what a target of ours said of its arguments is at the end
     return str(chain[-1] if isinstance(chain[0], InstantiationException) else chain[0]).partition("\nSee https")[0]
 
 
-def _refuse_words(argv: list[str]) -> None:
+def refuse_words(argv: list[str]) -> None:
     """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, and a
     group that is to be null or a number."""
     for word in argv:
-        if config.is_group(word, _groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
-            raise UsageError(f"{word}: expected the name of a choice; python train.py --help lists them")
+        if config.is_group(word, config.groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
+            raise UsageError(f"{word}: expected the name of a choice; {asked.again('--help')} lists them")
     _, unknown = get_args_parser().parse_known_args(argv)
     for flag in (word for word in unknown if word.startswith("-")):
         name, _, value = flag.partition("=")
@@ -208,15 +223,11 @@ def _refuse_words(argv: list[str]) -> None:
         raise UsageError(f"no option '{flag}'; options are words without dashes: {near}={value or 'VALUE'}")
 
 
-def _groups() -> set[str]:
-    return {entry.name for entry in os.scandir(CONF) if entry.is_dir()} | {"teacher", "student"}
-
-
 def _known_keys() -> list[str]:
     """All option names under the groups chosen on this command line."""
     from hydra import compose, initialize_config_dir
 
-    chosen = [word for word in sys.argv[1:] if config.is_group(word, _groups())]
+    chosen = [word for word in asked.words() if config.is_group(word, config.groups())]
     try:
         with initialize_config_dir(CONF, version_base="1.3"):
             return config.keys(compose("train", chosen))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from distill.called import called_as
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.progress import say
@@ -101,3 +102,6 @@ def _told(name: str, net: nn.Module) -> Iterator[None]:
         raise UserError(
             f"{name} can't compress {kind}{place(error, net)}: {reason(error)}; leave compress={name} out for it"
         ) from error
+
+
+called_as(sys.modules[__name__], "distill.api.model:compress")  # distill.compress(student, …), from Python

@@ -159,12 +159,16 @@ class Data:
         return self._loader(split, ViewBatches(len(self.train), self.batch_size, views))
 
     def val_loader(self) -> DataLoader:
-        """Every validation image once, in order and in every process, in batches twice as large."""
-        return self._loader(self.val, _in_order(len(self.val), 2 * self.batch_size))
+        """Every validation image, see `in_order`."""
+        return self.in_order(self.val)
 
     def test_loader(self) -> DataLoader:
-        """Every test image once, in order and in every process, in batches twice as large."""
-        return self._loader(self.test, _in_order(len(self.test), 2 * self.batch_size))
+        """Every test image, see `in_order`."""
+        return self.in_order(self.test)
+
+    def in_order(self, split: Split) -> DataLoader:
+        """Every image of a split once, in order and in every process, in batches twice as large."""
+        return self._loader(split, _in_order(len(split), 2 * self.batch_size))
 
     def _loader(self, split: Split, sampler) -> DataLoader:
         return DataLoader(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from distill.called import called_as
 from distill.errors import UserError
 from distill.runtimes.artifact import Artifact
 
@@ -93,3 +94,6 @@ def preparation(data: Data) -> dict:
         return {}
     height, width = covered(data.image_size)
     return {"short_side": height} if isinstance(data.image_size, int) else {"covered": [height, width]}
+
+
+called_as(sys.modules[__name__], "distill.api.model:export")  # distill.export(student, …), from Python
