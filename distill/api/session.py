@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.basecontainer import BaseContainer
 
 from distill import asked, signals
@@ -56,6 +56,20 @@ def session(said: Sequence[str], config_dir: str | Path | None = None) -> Iterat
     if ended:
         signal.raise_signal(ended.number)  # to whoever answers to it here: Ctrl-C is KeyboardInterrupt
         raise KeyboardInterrupt(str(ended))
+
+
+def configured(said: Sequence[str]) -> dict:
+    """The configuration of these words in plain values, where no run is to begin: without `name`.
+
+    Raises:
+        UsageError: a word is wrong.
+    """
+    with _told(), _own_hydra(), asked.from_python(list(said)):
+        config.register()
+        with initialize_config_dir(CONF, version_base="1.3"):
+            cfg = compose("train", list(said))
+            cfg.name = "none"
+            return OmegaConf.to_container(cfg, resolve=True)
 
 
 def _plain(said: Sequence[str]) -> list[str]:

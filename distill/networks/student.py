@@ -21,7 +21,7 @@ AT_ONCE = 64  # images of a batch of `predict`
 
 @dataclass(frozen=True)
 class Compressed:
-    """By which steps, for which runtime's quantization (distill/compress/flows.py), and from which network, on the CPU."""
+    """By which steps, for which runtime's quantization (distill/compress/flows.py), and from which network."""
 
     steps: tuple[str, ...]
     flow: str
@@ -93,10 +93,11 @@ class Student(nn.Module):
             return self.predict([images], top)[0]
         place = next(iter(self.parameters()), torch.empty(0))
         before, found = self.training, []
+        size = 1 if self.compressed else AT_ONCE  # what finds an activation's range anew rounds by the whole batch
         self.eval()
         try:
-            for start in range(0, len(images), AT_ONCE):
-                batch = self.preprocess(images[start : start + AT_ONCE]).to(place.device)
+            for start in range(0, len(images), size):
+                batch = self.preprocess(images[start : start + size]).to(place.device)
                 found += self._named(self(batch).float().softmax(1), top)
         finally:
             self.train(before)
