@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.api.session import configured
 from distill.errors import UsageError
-from distill.losses.base import Loss
+from distill.losses.base import Loss, terms_of
 from distill.losses.terms import build_losses
 from distill.losses.weight import check_weight, weight_at
 from distill.networks.network import Network, Normalize
@@ -95,7 +95,7 @@ class DistillModule(pl.LightningModule):
             student, teacher = student.float(), teacher and teacher.float()
             for loss in self.losses.values():
                 loss.epoch = epoch
-            terms = {name: loss(student, teacher, batch) for name, loss in self.losses.items()}
+            terms = terms_of(self.losses, student, teacher, batch)
             return sum(weight_at(self.weights[name], epoch) * term for name, term in terms.items()), terms
 
     def training_step(self, batch, batch_idx: int) -> Tensor:

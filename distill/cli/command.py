@@ -25,6 +25,7 @@ from distill.cli import config, faults, help, seeds, streams, words
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
+from distill.own import is_placed, place_in
 from distill.progress import leads, shown
 from distill.runs.moved import present
 from distill.runs.records import forced
@@ -149,8 +150,11 @@ def explained(error: Exception) -> UserError | None:
     """What a user is told of an error; None where nothing is known of it."""
     chain = faults.chain(error)
     known = next((link for link in chain if isinstance(link, UserError)), None)
+    place = next(filter(None, map(place_in, reversed(chain))), None)  # in a file of the user's
     if known:
-        return known
+        return known if place is None or is_placed(str(known)) else type(known)(f"{place}: {known}")
+    if place and not (faults.exhausted(error) or faults.disk(error)):
+        return UserError(f"{place}: {_not_installed(chain[-1]) or _said(chain)}")
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = _hydra_text(chain)
     elif absent := next(filter(None, map(_not_installed, chain)), None):
@@ -165,6 +169,13 @@ def explained(error: Exception) -> UserError | None:
         return None
     usage = isinstance(error, (HydraException, OmegaConfBaseException))
     return (UsageError if usage else UserError)(text)
+
+
+def _said(chain: list[Exception]) -> str:
+    """What the user's own code raised."""
+    raised = next(link for link in reversed(chain) if place_in(link))
+    text = str(raised.msg if isinstance(raised, SyntaxError) else raised)
+    return f"{type(raised).__name__}: {text}" if text else type(raised).__name__
 
 
 def _need(*packages: str) -> None:
