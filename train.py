@@ -1,117 +1,12 @@
 """Distil a big image classifier into a small one, compress it, export it, and measure the files.
 
 python train.py teacher=resnet50 student=mobilenet
+
+What it does, top to bottom: distill/cli/pipeline.py. Where the package is installed, `distill` and `python -m distill`
+are the same command.
 """
 
-from distill.cli.command import command, importing
-
-
-@command
-def main(cfg):
-    with importing():  # torch is imported from here on
-        from distill import compress, export
-        from distill.cli import build, faults, forecast, pilots, rehearsal, roles
-        from distill.compress.auto import exceeded
-        from distill.data.findings import left_out
-        from distill.errors import UserError
-        from distill.export.deploy import write_readme
-        from distill.progress import leads, say
-        from distill.report import diagnosis, page, parity, tables
-        from distill.report.evaluate import evaluate
-        from distill.runs import run, verdict
-        from distill.runs.tables import curves
-        from distill.training import divergence
-
-    with (
-        run.open_run(cfg) as job,
-        faults.told(job.cfg, job.folder),
-        build.loggers(job.cfg, job.folder) as loggers,
-    ):
-        cfg, folder = job.cfg, job.folder
-        say(f"run: {folder}")
-        data = build.data(cfg.data, read=job.does("check"))
-        job.check_images(data)
-
-        pilots.check(cfg, job.record["overrides"], data)
-        if job.does("check"):
-            forecast.tell(cfg, data, folder)
-        elif job.does("cache", "distill") and not (folder / "checkpoints").exists():
-            rehearsal.rehearse(cfg, data, folder)  # what can be known is told now
-        if list(cfg.stages) == ["check"]:
-            return
-        given = job.given()  # a student that has its weights already; a teacher is only for fine-tuning
-        teacher = None if given and not job.does("teacher") else roles.teacher(cfg, data)
-        baseline = cfg.baseline and not given and job.does("distill", "report")
-        own = cfg, data  # the student's alone
-        if not given and job.does("cache", "distill", "compress", "report"):
-            cfg, own, data = pilots.settle(cfg, job.record["overrides"], teacher, data, folder)
-        alone = roles.student_alone(*own) if baseline else None
-
-        if job.does("cache"):
-            roles.fill_cache(cfg, teacher, data)
-        if job.does("distill") and job.distilled(whole=True):
-            say(f"distill: done before, {folder / run.STUDENT}")
-        elif job.does("distill"):
-            student, epochs = roles.distil(cfg, teacher, data, folder, loggers)
-            if setbacks := epochs["last"]["setbacks"]:
-                job.write(setbacks=setbacks)
-            if leads():
-                job.save_student(student, epochs, data)
-        elif given and not job.distilled() and leads():
-            job.save_student(*roles.given(cfg, data), data)
-
-        if not job.does("compress", "export", "report") or not leads():
-            return
-        student = job.student()
-        exporters, failures = build.steps(cfg.export), []
-        nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
-        if cfg.compress and job.compresses():
-            finetune = roles.finetuning(cfg, teacher, data, folder, exporters, job.origin())
-            steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
-            small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
-            nets["-".join(["student", *steps])] = small
-            job.write(compressed=list(steps))
-
-        files = {name: [] for name in nets}
-        if job.does("export") and cfg.export:
-            say(f"export: {', '.join(cfg.export)}")
-            files, unwritten = export.export(nets, exporters, folder / "export", data, job.origin())
-            failures += unwritten
-        elif cfg.export and job.does("report"):
-            files = export.reload(nets, build.reloaders(cfg.export), folder / "export")
-
-        if job.does("report"):
-            say("report: every network and every reloaded file answers the test images, once")
-            networks = {
-                "teacher": teacher.network if teacher and teacher.fixed else None,
-                "student alone": alone,
-                "student": student,
-            }
-            networks["student (last epoch)"] = None if given else job.student(run.STUDENT_LAST)
-            rows, unlike, logits, labels = evaluate(networks, nets, files, data, build.tolerance(cfg))
-            failures += unlike
-            if "auto" in cfg.compress:
-                small = [file.path.name for name in nets if name != "student" for file in files[name]]
-                failures += exceeded(rows, small, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
-            rows, earlier = tables.with_earlier(rows, folder)
-            helped = verdict.of(logits, labels)
-            figures = diagnosis.figures(logits, labels, None if given else curves(folder))
-            say(tables.table(rows))  # first: the disk may be full
-            setbacks = divergence.told(job.record.get("setbacks", ()))
-            context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
-            page.write(rows, folder, context, failures + earlier, helped, figures)
-            if any(files.values()):
-                write_readme(rows, data, folder / "export", failures + earlier)
-            for logger in loggers:
-                page.log(logger, rows, folder)
-            for line in [*([helped] if helped else []), *diagnosis.findings(figures)]:
-                say(line)
-            for line in parity.remarks(rows):
-                say(f"remark: {line}")
-            say(f"{folder}: report.md, report.json, report.png, export/")
-        if failures:
-            raise UserError("; ".join(failures))
-
+from distill.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOMS = (  # from the user down to the ground; imports point downwards only
     *(
+        "api",
         "cli",
         "report",
         "runs",
@@ -26,7 +27,7 @@ ROOMS = (  # from the user down to the ground; imports point downwards only
         "losses",
         "schema",
     ),
-    *("locks", "files", "progress", "signals", "types", "errors"),
+    *("locks", "files", "progress", "signals", "types", "asked", "called", "own", "errors"),
 )
 
 
@@ -96,7 +97,7 @@ def backwards(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def loose(package: Path) -> list[str]:
-    return sorted(file.stem for file in package.glob("*.py") if file.stem != "__init__")
+    return sorted(file.stem for file in package.glob("*.py") if not file.stem.startswith("__"))
 
 
 def main(folder: str = "distill") -> None:

@@ -1,6 +1,6 @@
 """The tables of docs/results.md that stand in files of benchmarks/: written anew between their marks.
 
-    python -m benchmarks.results
+python -m benchmarks.results
 """
 
 import json

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from distill import asked
 from distill.errors import DamagedError, UsageError, UserError
 
 PACKAGE = Path(__file__).parent
@@ -282,9 +282,9 @@ def human(size: int) -> str:
 
 def config_dirs(argv: list[str] | None = None) -> list[str]:
     """The folders of the user's own configuration that the command line names."""
-    argv = sys.argv if argv is None else argv
+    argv = asked.words() if argv is None else argv
     folders = []
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         if flag in ("--config-dir", "-cd"):
             folders.append(value)
         elif flag.startswith("--config-dir="):

@@ -32,16 +32,22 @@ class _Asked:
     by: int | None = None  # the first signal
     held = False  # training: it asks `asked()` when it can be left
     leaving = False
+    alone = True
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """In here these signals raise Ended in the main thread, or wait for the end of a step where they are `held`."""
+def handled(alone: bool = True) -> Iterator[None]:
+    """In here these signals raise Ended in the main thread, or wait for the end of a step where they are `held`.
+
+    Args:
+        alone: the process is this run's: a second SIGINT ends it. Else it raises KeyboardInterrupt.
+    """
     if threading.current_thread() is not threading.main_thread():  # only that one can
         yield
         return
     before = {number: signal.getsignal(number) for number in SAID}
     _Asked.process, _Asked.by, _Asked.held, _Asked.leaving = os.getpid(), None, False, False
+    _Asked.alone = alone
     take_back()
     try:
         yield
@@ -121,6 +127,8 @@ def _received(number: int, frame: FrameType | None) -> None:
             os._exit(128 + number)
         return
     if number == signal.SIGINT and _Asked.by == signal.SIGINT:
+        if not _Asked.alone:
+            raise KeyboardInterrupt
         os._exit(128 + number)
     first, _Asked.by = _Asked.by is None, number if _Asked.by is None else _Asked.by
     if _Asked.held or _Asked.leaving:

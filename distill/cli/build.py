@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from distill.data.base import Data
 from distill.data.findings import uneven
+from distill.errors import UsageError
+from distill.own import place_of, prefixed
 from distill.progress import few, leads, say
 from distill.types import in_px, plain_values
 
@@ -30,7 +32,11 @@ def data(cfg: DictConfig, read: bool = False) -> Data:
             del described[key]
     if read and "corrupt" in described:
         described["corrupt"] = "skip"
-    found = replace(instantiate(described, _convert_="all"), **loading)
+    made = instantiate(described, _convert_="all")
+    if not isinstance(made, Data):
+        line = f"data: {cfg._target_} returns {made!r:.60}: expected a distill.data.base.Data"
+        raise UsageError(prefixed(place_of(get_object(cfg._target_)), line))
+    found = replace(made, **loading)
     say(
         f"data: {cfg._target_.rpartition('.')[2]}, {len(found.train):,} training, {len(found.val):,} validation and "
         f"{len(found.test):,} test images, {found.num_classes} classes, {in_px(found.image_size)}"
@@ -49,7 +55,12 @@ def _takes(target: str, name: str) -> bool:
 
 def steps(cfg: DictConfig) -> dict[str, Callable]:
     """Compression steps or exporters by name, in the order given."""
-    return {name: instantiate(options, _convert_="all") for name, options in cfg.items()}
+    made = {name: instantiate(options, _convert_="all") for name, options in cfg.items()}
+    for name, step in made.items():
+        if not callable(step):
+            line = f"{name}: {cfg[name]._target_} makes {step!r:.60}, which can't be called: add _partial_: true"
+            raise UsageError(prefixed(place_of(get_object(cfg[name]._target_)), line))
+    return made
 
 
 def tolerance(cfg: DictConfig) -> dict:

@@ -5,7 +5,6 @@ import functools
 import gc
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,13 +17,15 @@ from hydra._internal.utils import get_args_parser  # which flags are Hydra's: it
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from distill import __version__, signals
-from distill.cli import config, faults, help, paths, seeds, streams, sweep
+from distill import __version__, asked, signals
+from distill.cli import config, faults, help, seeds, streams, sweep, words
 from distill.cli.hints import meant
 from distill.errors import UsageError, UserError
 from distill.files import CONF, config_dirs
+from distill.own import is_placed, place_in
 from distill.progress import leads, say, shown
 from distill.runs.moved import present
 from distill.runs.records import forced
@@ -42,15 +43,13 @@ def command(job):
         try:
             if _done_before():
                 return None
-            _need("torch", "torchvision")
-            present(cfg)
-            config.check(cfg, list(HydraConfig.get().overrides.task))
+            prepare(cfg)
             return job(cfg)
         except signals.Ended as end:
             signals.leave()
-            queued = f"; {requeued}" if end.number == signal.SIGUSR1 and (requeued := _requeue()) else ""
+            requeued = f"; {said}" if end.number == signal.SIGUSR1 and (said := _requeue()) else ""
             if leads():
-                print(f"{end}; python train.py {_goes_on()} goes on{queued}", file=sys.stderr, flush=True)
+                print(f"{end}; {asked.again(*_going_on())} goes on{requeued}", file=sys.stderr, flush=True)
             sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:
@@ -59,7 +58,7 @@ def command(job):
             folder = Path(HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 if leads() and not (folder / "run.json").exists():
-                    note_error(folder, _told(error)[0])
+                    note_error(folder, _line(_told(error)))
                 return None  # the sweep goes on; its table shows the failure and sets the exit code
             with contextlib.suppress(OSError):  # a folder in which nothing was begun
                 folder.rmdir()
@@ -73,14 +72,14 @@ def command(job):
         if "--version" in sys.argv[1:]:
             print(f"distill {__version__}")
             return
-        if (asked := _asked_about(sys.argv[1:])) is not None:
-            return _explain(asked)
+        if (group := _asked_about(sys.argv[1:])) is not None:
+            return _explain(group)
         config.register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing; the telling is done here
         try:
             with signals.handled():
-                sys.argv[1:] = forced(seeds.spread(paths.quoted(sys.argv[1:])))
-                _refuse_words(sys.argv[1:])
+                sys.argv[1:] = forced(seeds.spread(words.spelled(sys.argv[1:])))
+                refuse_words(sys.argv[1:])
                 sys.argv[1:] = _flags_first(sweep.placed(sys.argv[1:]))
                 try:
                     hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
@@ -95,6 +94,17 @@ def command(job):
             sys.exit(_tell(error))
 
     return main
+
+
+def prepare(cfg: DictConfig) -> None:
+    """All that is known to be wrong before work begins, told; names of earlier versions become the present ones.
+
+    Raises:
+        UserError: a package is not installed, or the configuration is wrong.
+    """
+    _need("torch", "torchvision")
+    present(cfg)
+    config.check(cfg, list(HydraConfig.get().overrides.task))
 
 
 @contextlib.contextmanager
@@ -149,29 +159,39 @@ def _done_before() -> bool:
     return done
 
 
-def _goes_on() -> str:
+def _going_on() -> list[str]:
     """The words that continue this run, or its sweep."""
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
-        return f"run={shlex.quote(job.runtime.output_dir)}"
-    return shlex.join(again(Path(job.sweep.dir)))
+        return [f"run={job.runtime.output_dir}"]
+    return again(Path(job.sweep.dir))
 
 
 def _tell(error: Exception) -> int:
     """Print the error as one line and return the exit code."""
-    text, code = _told(error)
-    print("error: " + shown(text), file=sys.stderr, flush=True)
-    return code
+    told = _told(error)
+    print("error: " + shown(_line(told)), file=sys.stderr, flush=True)
+    return 2 if isinstance(told, UsageError) else 1
 
 
-def _told(error: Exception) -> tuple[str, int]:
-    """The error as one line, and the exit code."""
+def _told(error: Exception) -> UserError:
+    return explained(error) or UserError(f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def explained(error: Exception) -> UserError | None:
+    """What a user is told of an error; None where nothing is known of it."""
     chain = faults.chain(error)
     known = next((link for link in chain if isinstance(link, UserError)), None)
-    usage = isinstance(known or error, (UsageError, HydraException, OmegaConfBaseException))
+    place = next(filter(None, map(place_in, reversed(chain))), None)  # in a file of the user's
     if known:
-        text = str(known)
-    elif isinstance(error, (HydraException, OmegaConfBaseException)):
+        return known if place is None or is_placed(str(known)) else type(known)(f"{place}: {known}")
+    if place and not (faults.exhausted(error) or faults.disk(error)):
+        return UserError(f"{place}: {_not_installed(chain[-1]) or _said(chain)}")
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = _hydra_text(chain)
     elif absent := next(filter(None, map(_not_installed, chain)), None):
         text = absent
@@ -182,8 +202,16 @@ def _told(error: Exception) -> tuple[str, int]:
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     else:
-        text = f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"
-    return " ".join(text.split()), 2 if usage else 1
+        return None
+    usage = isinstance(error, (HydraException, OmegaConfBaseException))
+    return (UsageError if usage else UserError)(text)
+
+
+def _said(chain: list[Exception]) -> str:
+    """What the user's own code raised."""
+    raised = next(link for link in reversed(chain) if place_in(link))
+    text = str(raised.msg if isinstance(raised, SyntaxError) else raised)
+    return f"{type(raised).__name__}: {text}" if text else type(raised).__name__
 
 
 def _need(*packages: str) -> None:
@@ -221,17 +249,17 @@ def _hydra_text(chain: list[Exception]) -> str:
     if unknown is not None and isinstance(chain[0], ConfigCompositionException):
         near = meant(unknown.full_key, _known_keys())
         hint = f"; did you mean {near}?" if near else "."
-        return f"no option '{unknown.full_key}'{hint} python train.py --help lists them"
+        return f"no option '{unknown.full_key}'{hint} {asked.again('--help')} lists them"
     # what a target of ours said of its arguments is at the end
     return str(chain[-1] if isinstance(chain[0], InstantiationException) else chain[0]).partition("\nSee https")[0]
 
 
-def _refuse_words(argv: list[str]) -> None:
+def refuse_words(argv: list[str]) -> None:
     """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, and a
     group that is to be null or a number."""
     for word in argv:
-        if config.is_group(word, _groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
-            raise UsageError(f"{word}: expected the name of a choice; python train.py --help lists them")
+        if config.is_group(word, config.groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
+            raise UsageError(f"{word}: expected the name of a choice; {asked.again('--help')} lists them")
     _, unknown = get_args_parser().parse_known_intermixed_args(argv)
     for flag in (word for word in unknown if word.startswith("-")):
         name, _, value = flag.partition("=")
@@ -244,22 +272,18 @@ def _refuse_words(argv: list[str]) -> None:
 
 def _flags_first(argv: list[str]) -> list[str]:
     """Hydra's flags before the words: its parser takes no words on both sides of one (`seed=0,1 -m name=x`)."""
-    words = get_args_parser().parse_known_intermixed_args(argv)[0].overrides
+    plain = get_args_parser().parse_known_intermixed_args(argv)[0].overrides
     flags = list(argv)
-    for word in reversed(words):  # the last of equal ones: a flag's own value stands before
+    for word in reversed(plain):  # the last of equal ones: a flag's own value stands before
         del flags[len(flags) - 1 - flags[::-1].index(word)]
-    return [*flags, *words]
-
-
-def _groups() -> set[str]:
-    return {entry.name for entry in os.scandir(CONF) if entry.is_dir()} | {"teacher", "student"}
+    return [*flags, *plain]
 
 
 def _known_keys() -> list[str]:
     """All option names under the groups chosen on this command line."""
     from hydra import compose, initialize_config_dir
 
-    chosen = [word for word in sys.argv[1:] if config.is_group(word, _groups())]
+    chosen = [word for word in asked.words() if config.is_group(word, config.groups())]
     try:
         with initialize_config_dir(CONF, version_base="1.3"):
             return config.keys(compose("train", chosen))

@@ -1,8 +1,8 @@
 """Where the configuration lives, and what Hydra doesn't check by itself. Never imports torch."""
 
 import itertools
+import os
 import re
-import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from distill import asked
 from distill.cli import crossings, options
 from distill.cli.hints import meant
 from distill.errors import UsageError
@@ -25,6 +26,7 @@ LEAST = 0.1  # of a weight of 1: the labels' part
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
+    OmegaConf.register_new_resolver("program", asked.program, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("by_start", by_start, replace=True)
     OmegaConf.register_new_resolver("rest_of", rest_of, replace=True)
@@ -79,7 +81,7 @@ def run_dir(run: str | None, new: str) -> str:
     name = new.partition("/")[2]
     if not name or any(part in ("", ".", "..") or not part.isprintable() for part in name.split("/")):
         raise UsageError(f"name={name!r}: expected the name of a folder in outputs/, such as name=first")
-    given = any(word.startswith("name=") for word in sys.argv[1:])
+    given = any(word.startswith("name=") for word in asked.words())
     return _unused(new) if leads() and not given else new
 
 
@@ -92,6 +94,11 @@ def _unused(folder: str) -> str:
         with suppress(FileExistsError):
             Path(made).mkdir()
             return made
+
+
+def groups() -> set[str]:
+    """What a word without a dot chooses from."""
+    return {entry.name for entry in os.scandir(CONF) if entry.is_dir()} | {"teacher", "student"}
 
 
 def is_group(override: str, choices) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from distill.asked import again
 from distill.errors import UserError
 
 MEMORY = ("OutOfMemoryError", "can't allocate memory", "not enough memory", "MemoryError", "Cannot allocate memory")
@@ -21,7 +22,7 @@ def told(cfg: DictConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        goes_on = f"python train.py run={folder} goes on"
+        goes_on = f"{again(f'run={folder}')} goes on"
         if found := re.search(r"(\S+) does not have a deterministic implementation", _said(error)):
             raise UserError(
                 f"deterministic=true: {found[1]} has no such form here: do without the loss, network or augmentation "

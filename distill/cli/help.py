@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import yaml
 
+from distill.asked import program
 from distill.cli import options
 from distill.errors import UsageError
 from distill.files import CONF
@@ -144,4 +145,4 @@ def page(group: str, folders: Sequence[str] = (CONF,)) -> str:
             lines += textwrap.wrap(
                 f"{word}={option.default}   {said}", width, initial_indent="  ", subsequent_indent="      "
             )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("python train.py", program())  # as conf/ says it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from math import ceil, floor
@@ -13,7 +12,7 @@ import torch
 from hydra import compose
 from omegaconf import DictConfig, open_dict
 
-from distill import types
+from distill import asked, types
 from distill.cli import build, roles
 from distill.data.base import Data
 from distill.errors import UsageError
@@ -72,7 +71,7 @@ def candidates(cfg: DictConfig, own: list[str]) -> list[Candidate]:
 def _composed(own: list[str], words: list[str], cfg: DictConfig) -> DictConfig:
     """The run's configuration with a candidate's words. Where a run is continued, they are its folder's, perhaps a
     stranger's, and may not name more than the run's own words do."""
-    judged = not cfg.trust and any(word.startswith("run=") for word in sys.argv[1:])
+    judged = not cfg.trust and any(word.startswith("run=") for word in asked.words())
     if judged:
         trust.check_words(words, FILE)
     found = compose("train", [*own, *words])

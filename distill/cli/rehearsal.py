@@ -91,6 +91,9 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
         fits = any(one.recipe.epochs > 0 and not one.kept(cfg, data).exists() for one in roles.fitted_once(cfg, data))
         refuse_unwritable(_writes(cfg, folder, student, teacher, 0, kept, fits))
         tried = fitting(student, teacher, cfg.loss, data, roles.recipe(cfg))
+        if "export" in cfg.stages and cfg.export:
+            with scratch() as place:
+                export.attempt(student.plain(), build.steps(cfg.export), place, data)
         if "compress" in cfg.stages and cfg.compress:
             flows = map(export.flow, build.steps(cfg.export).values())
             compress.attempt(build.steps(cfg.compress), student.plain(), data, flows)

@@ -7,14 +7,17 @@ Beside one that captures the network as a graph may stand, in its module,
 attempt(net, data, flow, **options)        raises what the step would before it trains, whatever the weights are
 """
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
+from distill.called import called_as
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
+from distill.own import is_placed, place_in, place_of, prefixed
 from distill.progress import say
 from distill.runtimes.coverage import describe
 from distill.runtimes.graph import place, reason
@@ -63,11 +66,15 @@ def chain(
     for name, step in steps.items():
         with _told(name, net):
             net = step(net, finetune=finetune, data=data, flow=flow)
+            if not isinstance(net, nn.Module):
+                line = f"compress={name} returns {net!r:.60}: expected the new network, a torch.nn.Module"
+                raise UsageError(prefixed(place_of(step), line))
     return net
 
 
 def attempt(steps: Mapping[str, Callable], net: nn.Module, data: Data, flows: Iterable[str]) -> None:
-    """Every step's `attempt` on `net`, for each runtime: in seconds, without training, on noise.
+    """Every step's `attempt` on `net`, for each runtime: in seconds, without training, on noise. A step of the user's
+    own that has none is done, with a `finetune` that gives back what it gets.
 
     Raises:
         UserError: a step could not take the network.
@@ -75,13 +82,21 @@ def attempt(steps: Mapping[str, Callable], net: nn.Module, data: Data, flows: It
     for flow in dict.fromkeys(flows):
         for name, step in steps.items():
             tries = beside(step)
-            if tries is None:
+            if tries is None and place_of(step) is None:
                 continue
             try:
+                if tries is None:  # one of the user's own, of which nothing is known
+                    chain({name: step}, net, data, _untrained, flow)
+                    continue
                 with _told(name, net):
                     tries(net, data, flow, **getattr(step, "keywords", {}))
             except UserError as error:
-                raise type(error)(f"compress for {flow}: {error}") from error
+                line = f"compress for {flow}: {error}"
+                raise type(error)(str(error) if is_placed(str(error)) else line) from error
+
+
+def _untrained(net: nn.Module, name: str, *, epochs: int, lr: float, on_epoch: Callable | None = None) -> nn.Module:
+    return copy.deepcopy(net)
 
 
 def beside(step: Callable) -> Callable | None:
@@ -98,6 +113,11 @@ def _told(name: str, net: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         kind = type(getattr(net, "net", net)).__name__
+        if own := place_in(error):
+            raise UserError(f"{own}: compress={name}: {reason(error)}") from error
         raise UserError(
             f"{name} can't compress {kind}{place(error, net)}: {reason(error)}; leave compress={name} out for it"
         ) from error
+
+
+called_as(sys.modules[__name__], "distill.api.model:compress")  # distill.compress(student, …), from Python

@@ -49,6 +49,18 @@ class Split(Dataset):
     seed: int = 0
     source: Encoded | None = None
 
+    def __post_init__(self):
+        labels = self.labels
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+            came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise UsageError(f"labels: expected a tensor of int64, one number an image, not {came}")
+        if len(self.images) != len(labels):
+            raise UsageError(f"{len(self.images):,} images and {len(labels):,} labels: expected one label an image")
+        images = self.images
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3):
+            came = f"{images.dtype} {tuple(images.shape)}"
+            raise UsageError(f"images: expected a tensor (N, 3, H, W) of uint8, from 0 to 255, not {came}")
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -111,6 +123,15 @@ class Data:
                 "data.batch_size must be at least 1 and data.num_workers at least 0, "
                 f"not {self.batch_size} and {self.num_workers}"
             )
+        for split in ("train", "val", "test"):
+            labels = getattr(self, split).labels
+            if not len(labels):
+                raise UserError(f"the set has no {split} images")
+            if not 0 <= labels.min() <= labels.max() < len(self.classes):
+                raise UsageError(
+                    f"labels of {split} run from {labels.min()} to {labels.max()}, and there are {len(self.classes)} "
+                    "classes: expected 0 to one less than that"
+                )
         for name in self.classes:
             if not name or {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}:
                 raise UserError(
@@ -159,12 +180,16 @@ class Data:
         return self._loader(split, ViewBatches(len(self.train), self.batch_size, views))
 
     def val_loader(self) -> DataLoader:
-        """Every validation image once, in order and in every process, in batches twice as large."""
-        return self._loader(self.val, _in_order(len(self.val), 2 * self.batch_size))
+        """Every validation image, see `in_order`."""
+        return self.in_order(self.val)
 
     def test_loader(self) -> DataLoader:
-        """Every test image once, in order and in every process, in batches twice as large."""
-        return self._loader(self.test, _in_order(len(self.test), 2 * self.batch_size))
+        """Every test image, see `in_order`."""
+        return self.in_order(self.test)
+
+    def in_order(self, split: Split) -> DataLoader:
+        """Every image of a split once, in order and in every process, in batches twice as large."""
+        return self._loader(split, _in_order(len(split), 2 * self.batch_size))
 
     def _loader(self, split: Split, sampler) -> DataLoader:
         return DataLoader(

@@ -206,6 +206,19 @@ def read_and_look(file: Path | BinaryIO, draft: int | None, name: Path | str | N
         return np.array(_rgb(_upright(image))), found
 
 
+def from_pillow(image: Image.Image) -> np.ndarray:
+    """An image that Pillow holds, upright in RGB, as `read` gives it: (H, W, 3) uint8.
+
+    Raises:
+        ImageError: its pixels can't be read, or have no range.
+    """
+    try:
+        _ranged(image)
+        return np.array(_rgb(_upright(image)))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"cannot read the image ({error})") from error
+
+
 @contextmanager
 def _image(file: Path | BinaryIO, draft: int | None, name: Path | str | None):
     """The image, its pixels not read yet: at a fraction of its size where `draft` allows it."""
@@ -291,10 +304,14 @@ def _large(pixels: str) -> str:
 
 def look(image: Image.Image) -> Look:
     """Raises ValueError where its values have no range."""
-    if image.mode in WIDE and not (image.mode == "I" and image.format in SIXTEEN):
-        raise ValueError(f"its {WIDE[image.mode]} have no range that is agreed on; save it with 8 or 16 bits")
+    _ranged(image)
     width, height = image.stored
     return Look(f"{image.format} {image.mode}", height, width, getattr(image, "is_animated", False))
+
+
+def _ranged(image: Image.Image) -> None:
+    if image.mode in WIDE and not (image.mode == "I" and image.format in SIXTEEN):
+        raise ValueError(f"its {WIDE[image.mode]} have no range that is agreed on; save it with 8 or 16 bits")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from distill.errors import UserError
+from distill.called import called_as
+from distill.errors import UsageError, UserError
+from distill.own import place_in, place_of, prefixed
 from distill.runtimes.artifact import Artifact
 
 if TYPE_CHECKING:  # a file's own process (serve.py) loads nothing of the data
@@ -25,8 +27,17 @@ Nets = Mapping[str, Mapping[str, nn.Module]]  # {file name: {flow: the plain net
 
 
 def flow(exporter: Callable) -> str:
-    """FLOW of the module in which an `export` or `reload` stands."""
-    return sys.modules[getattr(exporter, "func", exporter).__module__].FLOW
+    """FLOW of the module in which an `export` or `reload` stands.
+
+    Raises:
+        UsageError: it has none.
+    """
+    module = sys.modules[getattr(exporter, "func", exporter).__module__]
+    missing = [name for name in ("export", "reload", "FLOW") if not hasattr(module, name)]
+    if missing:
+        line = f"an exporter's module has export, reload and FLOW, and {module.__name__} has no {missing[0]}"
+        raise UsageError(prefixed(place_of(exporter), line))
+    return module.FLOW
 
 
 def for_all(net: nn.Module, exporters: Mapping[str, Callable]) -> dict[str, nn.Module]:
@@ -55,10 +66,49 @@ def export(
             if flow(exporter) not in flows:
                 continue
             try:
-                files[name] += exporter(flows[flow(exporter)], example, folder / name, metadata)
+                files[name] += _written(exporter, flows[flow(exporter)], example, folder / name, metadata)
             except Exception as error:  # whatever a runtime's compiler raises: the others go on
-                failures.append(f"{name}: {told(error)}")
+                failures.append(prefixed(place_in(error) or place_of(exporter), f"{name}: {told(error)}"))
     return files, failures
+
+
+def attempt(net: nn.Module, exporters: Mapping[str, Callable], folder: Path, data: Data) -> None:
+    """The user's own exporters, of which nothing is known, on `net`: a file, which is reloaded and answers.
+
+    Raises:
+        UserError: one does not.
+    """
+    own = {name: exporter for name, exporter in exporters.items() if place_of(exporter)}
+    _, failures = export({"student": for_all(net, own)}, own, folder, data, {}) if own else ({}, [])
+    if failures:
+        raise UserError("; ".join(failures))
+    for name, exporter in own.items():
+        stem = folder / "student"
+        again = sys.modules[getattr(exporter, "func", exporter).__module__].reload(stem)
+        line = None
+        if not isinstance(again, list) or not again or not all(isinstance(file, Artifact) for file in again):
+            line = (
+                f"export={name}: reload(stem) answers with {again!r:.60}: expected the list of Artifacts that are there"
+            )
+        for file in () if line else again:
+            images = data.val[torch.zeros(1, dtype=torch.int64), 0].images
+            answer = file.run(images)
+            if not isinstance(answer, torch.Tensor) or answer.shape != (1, data.num_classes):
+                came = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+                line = (
+                    f"export={name}: {file.path.name} answers one image with {came}: expected (1, {data.num_classes})"
+                )
+        if line:
+            raise UsageError(prefixed(place_of(exporter), line))
+
+
+def _written(
+    exporter: Callable, net: nn.Module, example: torch.Tensor, stem: Path, metadata: Mapping
+) -> list[Artifact]:
+    files = exporter(net, example, stem, metadata)
+    if not isinstance(files, list) or not all(isinstance(file, Artifact) and file.path.is_file() for file in files):
+        raise UsageError(f"export answers with {files!r:.60}: expected a list of Artifacts, whose files are there")
+    return files
 
 
 def told(error: Exception) -> str:
@@ -93,3 +143,6 @@ def preparation(data: Data) -> dict:
         return {}
     height, width = covered(data.image_size)
     return {"short_side": height} if isinstance(data.image_size, int) else {"covered": [height, width]}
+
+
+called_as(sys.modules[__name__], "distill.api.model:export")  # distill.export(student, …), from Python

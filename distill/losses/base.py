@@ -1,9 +1,11 @@
 """What every loss is: one term of the total, computed from two networks' outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from distill.errors import UsageError
+from distill.own import place_of, prefixed
 from distill.types import Batch, Outputs
 
 
@@ -35,3 +37,19 @@ class Loss(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         """The term as a scalar: mean over the batch, unweighted, float32."""
         raise NotImplementedError
+
+
+def terms_of(losses: Mapping[str, Loss], student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    """What each loss answers, by name, unweighted.
+
+    Raises:
+        UsageError: one answers with something else than a scalar.
+    """
+    terms = {}
+    for name, loss in losses.items():
+        term = terms[name] = loss(student, teacher, batch)
+        if not isinstance(term, Tensor) or term.dim():
+            came = f"a tensor {tuple(term.shape)}" if isinstance(term, Tensor) else f"{term!r:.60}"
+            line = f"loss {name} answers with {came}: forward has to return a scalar tensor, the mean over the batch"
+            raise UsageError(prefixed(place_of(type(loss).forward), line))
+    return terms

@@ -33,8 +33,25 @@ def spatial_relation(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - correlation(*sums).mean()
 
 
+def dist_plus(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_map: Tensor,
+    teacher_map: Tensor,
+    beta: float,
+    gamma: float,
+    iota: float,
+    kappa: float,
+    temperature: float,
+) -> Tensor:
+    """Scalar from logits (N, K) and maps (N, C, H, W), N ≥ 2; zero where all correlate."""
+    logits = dist(student_logits, teacher_logits, beta, gamma, temperature)
+    features = student_map, teacher_map
+    return logits + iota * channel_relation(*features) + kappa * spatial_relation(*features)
+
+
 class DISTPlus(Loss):
-    """`dist` of the logits, `channel_relation` and `spatial_relation` of one tap of each network.
+    """`dist_plus` of the logits and one tap of each network.
 
     Args:
         student_tap, teacher_tap: maps or tokens; the smaller space of the two is taken.
@@ -58,7 +75,7 @@ class DISTPlus(Loss):
     ):
         super().__init__()
         self.student_taps, self.teacher_taps = (student_tap,), (teacher_tap,)
-        self.iota, self.kappa, self.options = iota, kappa, (beta, gamma, temperature)
+        self.options = beta, gamma, iota, kappa, temperature
 
     def build(self, student, teacher, data) -> None:
         need_maps("dist_plus", "student", self.student_taps, student, "student_tap")
@@ -73,6 +90,4 @@ class DISTPlus(Loss):
         if len(student.logits) < 2:
             raise UserError("loss dist_plus needs at least 2 images in a batch, this one has 1: raise data.batch_size")
         source, target = self._maps(student, teacher)
-        source = self.align(source)
-        logits = dist(student.logits, teacher.logits, *self.options)
-        return logits + self.iota * channel_relation(source, target) + self.kappa * spatial_relation(source, target)
+        return dist_plus(student.logits, teacher.logits, self.align(source), target, *self.options)

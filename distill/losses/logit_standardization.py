@@ -12,8 +12,17 @@ A row flatter than 1e-4 becomes zeros without a gradient, where the released cod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 FLAT = 1e-4
+
+
+def logit_standardization(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    """KD of the z-scores: scalar from logits (N, K); zero where one row is a·(the other) + b with a > 0."""
+    student, teacher = (
+        F.log_softmax(standardize(logits) / temperature, dim=-1) for logits in (student_logits, teacher_logits)
+    )
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def standardize(logits: Tensor) -> Tensor:

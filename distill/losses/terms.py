@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from distill.errors import UsageError
 from distill.losses.base import Loss
 from distill.losses.weight import check_weight
+from distill.own import place_of, prefixed
 from distill.types import plain_values
 
 
@@ -19,4 +20,8 @@ def build_losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]
         weights[name] = options.pop("weight")
         check_weight(name, weights[name])
         terms[name] = instantiate(options, _convert_="all")
+        if not isinstance(terms[name], Loss):
+            kind = type(terms[name])
+            line = f"loss {name} is a {kind.__name__}: expected a subclass of distill.losses.base.Loss"
+            raise UsageError(prefixed(place_of(kind), line))
     return terms, weights

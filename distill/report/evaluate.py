@@ -89,6 +89,22 @@ def evaluate(
     return tables.compare(rows), list(dict.fromkeys(failures)), {name: logits[name] for name in plain}, labels
 
 
+@torch.no_grad()
+def unlike(small: nn.Module, net: nn.Module, data: Data, bounds: Mapping) -> list[str]:
+    """Why a compressed network is none that may take the place of `net`, a line a reason, on validation images.
+
+    Args:
+        bounds: tolerance.compressed, see distill.report.parity.difference.
+    """
+    models = {"net": net, "small": _as_shipped(small, _told(small))}
+    logits, labels, failed = measure.predict(models, data.val_loader())
+    if failed:
+        return [*failed.values()]
+    if not torch.isfinite(logits["small"]).all():
+        return ["it answers NaN or infinity"]
+    return parity.difference(logits["small"], logits["net"], "the float student", logits["net"], bounds, labels)
+
+
 def _bounds(file: Artifact, net: nn.Module, tolerance: Mapping) -> Mapping:
     """Those of float32, and of int8 where the runtime has PyTorch's kernels; or those of numbers that are rounded."""
     kinds = stored(net).keys()

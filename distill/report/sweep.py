@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
 
+from distill import asked
 from distill.errors import UserError
 from distill.files import atomic
 from distill.progress import say
@@ -56,7 +56,7 @@ def finish(root: Path) -> bool:
     lines += text_of(grid(table), width) if len(table) else []
     lines += sweeps.over_seeds(table)
     lines += [f"failed: {name}: {error}" for name, error in failed.items()]
-    lines += [f"python train.py {shlex.join(sweeps.again(root))} tries them again"] if failed else []
+    lines += [f"{asked.again(*sweeps.again(root))} tries them again"] if failed else []
     say("\n" + "\n".join(lines))
     write(root, table, failed)
     return not failed

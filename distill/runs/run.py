@@ -16,8 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distill import locks
+from distill.asked import program
 from distill.data.base import Data
 from distill.data.fingerprint import difference, fingerprint
+from distill.data.prepare import preparation
 from distill.errors import DamagedError, UsageError, UserError
 from distill.files import atomic, read_json, sealed, write_json, write_yaml
 from distill.networks.network import Network
@@ -112,6 +114,7 @@ class Run:
                 "network": described,
                 "classes": data.classes,
                 "image_size": data.image_size,
+                "prepared": preparation(data).described(),
                 "selected": which,
                 "epoch": epochs[which]["epoch"],
                 "val_accuracy": epochs[which]["accuracy"],
@@ -139,7 +142,7 @@ class Run:
         commands = self.record.get("commands", [self.record["overrides"]])
         if len(commands) > 1 and not any(word.startswith("name=") for word in commands[0]):  # the others name it
             commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]
-        lines = (" ".join(["python train.py", *map(shlex.quote, words)]) for words in commands)
+        lines = (" ".join([program(), *map(shlex.quote, words)]) for words in commands)
         context = {"command": " && ".join(lines), "student's epoch": chosen, "test images": len(data.test)}
         forced = {"went on although": "; ".join(self.record["forced"])} if self.record.get("forced") else {}
         return {**self.origin(), **context, **forced}

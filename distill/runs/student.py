@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from torch import nn
 
-from distill.errors import UsageError, UserError
+from distill.asked import again
+from distill.data.prepare import described_as
+from distill.errors import UserError
 from distill.networks.network import Network
+from distill.networks.student import Student
 from distill.networks.weights import load_weights, read_metadata
 from distill.runs import trust
 from distill.runs.moved import renamed
@@ -18,8 +20,8 @@ from distill.types import checked_size
 STUDENT, STUDENT_LAST = "student.safetensors", "student_last.safetensors"
 
 
-def load_student(folder: str | Path, trust: bool = False) -> nn.Module:
-    """The student of a finished run as a plain network: images (N, 3, H, W) in [0, 1] to logits (N, K).
+def load_student(folder: str | Path, trust: bool = False) -> Student:
+    """The student of a finished run: images (N, 3, H, W) in [0, 1] to logits (N, K), and `predict`.
 
     Args:
         folder: the run's folder, or a student.safetensors.
@@ -29,8 +31,11 @@ def load_student(folder: str | Path, trust: bool = False) -> nn.Module:
     Raises:
         UserError: no student there, a damaged file, or a network that `trust` would have to allow.
     """
-    path = Path(folder)
-    return rebuild(path / STUDENT if path.is_dir() else path, trust).plain()
+    path = Path(folder).expanduser()
+    file = path / STUDENT if path.is_dir() else path
+    plain, saved = rebuild(file, trust).plain(), read_description(file)
+    run = file.parent if (file.parent / "run.json").is_file() else None
+    return Student.of(plain, saved["classes"], saved["prepared"], run)
 
 
 def rebuild(file: Path, trusts: bool = False, trusted: Iterable[str] = ()) -> Network:
@@ -43,9 +48,7 @@ def rebuild(file: Path, trusts: bool = False, trusted: Iterable[str] = ()) -> Ne
     from distill.networks.build import build_network, built_from
 
     if not file.is_file():
-        raise UserError(
-            f"no {file}: the run's distill stage is not finished; python train.py run={file.parent} goes on"
-        )
+        raise UserError(f"no {file}: the run's distill stage is not finished; {again(f'run={file.parent}')} goes on")
     saved = read_description(file)
     described = renamed(without(STARTING_POINT, saved["network"]))
     if not trusts:
@@ -71,9 +74,10 @@ def read_description(file: Path) -> dict:
         kinds = {"network": dict, "classes": list}
         wrong = [key for key, kind in kinds.items() if type(saved.get(key)) is not kind or not saved[key]]
         saved["image_size"] = checked_size(saved.get("image_size"))
+        saved["prepared"] = described_as(saved.get("prepared"), saved["image_size"])
     except (ValueError, RecursionError):
         wrong = ["metadata"]
-    except UsageError:
+    except (UserError, AttributeError):
         wrong = ["image_size"]
     if wrong:
         raise UserError(f"{file} is damaged: what it says of its {wrong[0]} can't be read")

@@ -6,6 +6,7 @@ makes it.
 
 import ast
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ def absent(target: str) -> str | None:
     package, *names = target.split(".")
     try:
         if importlib.util.find_spec(package) is None:
-            return f"there is no package '{package}'"
+            return _nowhere(package)
     except (ValueError, ImportError):  # a module that was made by hand
         return None
     owner = source(package)
@@ -37,6 +38,15 @@ def absent(target: str) -> str | None:
             return None
         owner = inside
     return None
+
+
+def _nowhere(package: str) -> str:
+    """That there is no such module, and what to do where its file is in the working directory or beside it."""
+    places = [Path(folder) for folder in (os.curdir, *sorted(each for each in os.listdir() if os.path.isdir(each)))]
+    here = next((each for each in places if (each / f"{package}.py").is_file() or (each / package).is_dir()), None)
+    if here is None:
+        return f"there is no module '{package}': PYTHONPATH=FOLDER before the command names the folder that it is in"
+    return f"there is no module '{package}' on Python's path, but one in {here.absolute()}: PYTHONPATH={here} finds it"
 
 
 def source(module: str) -> "Source | None":

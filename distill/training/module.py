@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from distill.errors import UsageError
-from distill.losses.base import Loss
+from distill.losses.base import Loss, terms_of
 from distill.losses.weight import weight_at
 from distill.networks.network import Network
 from distill.progress import say
@@ -140,7 +140,7 @@ class Distill(pl.LightningModule):
             fixed = teacher and teacher.detach()
             for loss in self.losses.values():
                 loss.epoch = epoch
-            terms = [loss(student, fixed, batch) for loss in self.losses.values()]
+            terms = [*terms_of(self.losses, student, fixed, batch).values()]
             weights = [weight_at(self.weights[name], epoch) for name in self.losses]
             if self.teacher is not None and self.teacher.learns:
                 terms.append(self.teacher.loss(student.detach(), teacher, batch))
