@@ -15,3 +15,9 @@ class DamagedError(UserError):
 
 class UntrustedError(UserError):
     """What isn't the user's own names code that isn't this package's; exit code 1."""
+
+
+class Pruned(UserError):
+    """A search ends this trial: its validation accuracy is low beside that of others. No failure; exit code 0."""
+
+    status = "pruned"  # in run.json

@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distill import __version__, asked, signals
-from distill.cli import config, faults, help, seeds, streams, sweep, words
+from distill.cli import config, faults, help, launcher, search, seeds, streams, sweep, words
 from distill.cli.hints import meant
-from distill.errors import UsageError, UserError
+from distill.errors import Pruned, UsageError, UserError
 from distill.files import CONF, config_dirs
 from distill.own import is_placed, place_in
 from distill.progress import leads, say, shown
@@ -51,6 +51,8 @@ def command(job):
             if leads():
                 print(f"{end}; {asked.again(*_going_on())} goes on{requeued}", file=sys.stderr, flush=True)
             sys.exit(end.code)
+        except Pruned as end:
+            say(str(end))
         except Exception as error:
             if TRACEBACK:
                 raise
@@ -82,11 +84,16 @@ def command(job):
                 refuse_words(sys.argv[1:])
                 sys.argv[1:] = _flags_first(sweep.placed(sys.argv[1:]))
                 try:
+                    if sweep.FLAGS & {*sys.argv}:
+                        launcher.register(launcher.Processes, "hydra/launcher", "processes", side_by_side=None)
+                        launcher.register(search.Search, "hydra/sweeper", "search", **search.OPTIONS)
                     hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
                 finally:
                     sweep.abandoned(sys.argv[1:])
         except signals.Ended as end:  # before there was a run
-            print(end, file=sys.stderr)
+            folder = sweep.folder_of(sys.argv[1:])
+            goes_on = f"; {asked.again(*again(folder))} goes on" if folder and folder.is_dir() else ""
+            print(f"{end}{goes_on}", file=sys.stderr)
             sys.exit(end.code)
         except Exception as error:
             if TRACEBACK:

@@ -21,6 +21,7 @@ from distill.networks.network import Network
 from distill.networks.sources import describe, layers, own_sources
 from distill.networks.weights import content_hash, load_weights
 from distill.progress import say
+from distill.runs import trials
 from distill.runs.records import STARTING_POINT
 from distill.runtimes.measure import accuracy_on, agreement
 from distill.teachers.base import Teacher
@@ -36,6 +37,7 @@ from distill.training.fit import copied, fit
 from distill.training.precision import teaching
 from distill.training.recipe import Recipe
 from distill.training.store import kept, once
+from distill.training.trial import Judged
 
 CROSS_ENTROPY = {"_target_": "distill.losses.ce.CE", "label_smoothing": 0.0, "weight": 1.0}
 TEACHERS = {"ema": None, "early_stopping": None, "select": "best"}  # whatever the student's recipe says
@@ -209,7 +211,9 @@ def distil(cfg: DictConfig, taught_by: Teacher, data: Data, folder: Path, logger
     start = "from weights" if any(cfg.student.get(key) for key in STARTING_POINT) else "from scratch"
     terms = " + ".join(f"{_short(options['weight'])} {name}" for name, options in types.plain_values(cfg.loss).items())
     say(f"distill: {type(network.net).__name__} {start} under {terms} for {cfg.trainer.max_epochs} epochs")
-    return network, fit(network, taught_by, cfg.loss, data, recipe(cfg), folder, answers(cfg), loggers)
+    judge = trials.judge(folder)  # where a search made this run
+    judged = [Judged(judge)] if judge else []
+    return network, fit(network, taught_by, cfg.loss, data, recipe(cfg), folder, answers(cfg), loggers, judged)
 
 
 def _short(weight: float | list) -> str:

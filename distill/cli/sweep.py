@@ -10,12 +10,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distill.errors import UsageError
-from distill.files import write_json
+from distill.files import CONF, config_dirs, read_yaml, write_json
 from distill.progress import leads
 from distill.runs.sweeps import FILE, ROOT, read_sweep
 
 FLAGS = {"-m", "--multirun"}
 DIR = "hydra.sweep.dir"
+LAUNCHER = "hydra/launcher="
 
 
 def placed(argv: list[str]) -> list[str]:
@@ -27,6 +28,7 @@ def placed(argv: list[str]) -> list[str]:
     """
     given = [word.partition("=")[2] for word in argv if word.startswith("sweep=")]
     argv = [word for word in argv if not word.startswith("sweep=")]
+    argv = [*argv, *(_ready(given[-1], argv) if given else [])]
     if not FLAGS & {*argv}:
         if given:
             raise UsageError(f"sweep={given[-1]} names a sweep, and this is none: add -m, or seeds=0,1,2")
@@ -43,13 +45,37 @@ def placed(argv: list[str]) -> list[str]:
     elsewhere = [word.partition("=")[2] for word in argv if word.startswith(f"{DIR}=")]
     if elsewhere and given:
         raise UsageError(f"give either sweep= or {DIR}=")
-    described = {"fixed": _fixed(words), "command": words}
+    plugins = [word for word in argv if word.startswith("hydra") and not word.startswith(DIR)]
+    described = {"fixed": _fixed(words), "command": [*plugins, *words]}
     if elsewhere:
         _keep(Path(elsewhere[-1].strip("'\"")), described)
         return argv
     folder = _named(given[-1]) if given else _new()
     _keep(folder, described)
-    return [*argv, f"{DIR}='{folder}'"]
+    return [*argv, *_apart(argv), f"{DIR}='{folder}'"]
+
+
+def _ready(name: str, argv: list[str]) -> list[str]:
+    """The words of conf/sweep/NAME.yaml, the user's own folder included, but for what the command line says otherwise.
+
+    Raises:
+        UsageError: there is such a file, and it has no list of words.
+    """
+    files = [file for folder in (*config_dirs(), CONF) if (file := Path(folder, "sweep", f"{name}.yaml")).is_file()]
+    if not files:
+        return []
+    words = read_yaml(files[0]).get("words")
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise UsageError(f"{files[0]}: expected words: and a list of what a command line would have")
+    said = {word.lstrip("+~").partition("=")[0] for word in argv}
+    return [word for word in words if word.lstrip("+~").partition("=")[0] not in said]
+
+
+def _apart(argv: list[str]) -> list[str]:
+    """Jobs that train on several processes need one of their own: each of them would begin a sweep."""
+    several = any(word.startswith(("trainer.devices=", "trainer.strategy=", "trainer.num_nodes=")) for word in argv)
+    given = any(word.startswith(LAUNCHER) for word in argv)
+    return [f"{LAUNCHER}processes"] if several and not given else []
 
 
 def _fixed(words: list[str]) -> list[str]:
@@ -59,7 +85,8 @@ def _fixed(words: list[str]) -> list[str]:
         HydraException: a word that is none.
     """
     parsed = OverridesParser.create().parse_overrides(words)
-    return [word for word, override in zip(words, parsed, strict=True) if not override.is_sweep_override()]
+    fixed = (override for override in parsed if not override.is_sweep_override())
+    return [f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in fixed]  # as Hydra hands them on
 
 
 def _named(name: str) -> Path:
@@ -101,8 +128,13 @@ def _keep(folder: Path, described: dict) -> None:
         write_json(folder / FILE, described)
 
 
+def folder_of(argv: list[str]) -> Path | None:
+    """The folder of the command line's sweep."""
+    return next((Path(word.partition("=")[2].strip("'\"")) for word in argv if word.startswith(f"{DIR}=")), None)
+
+
 def abandoned(argv: list[str]) -> None:
     """Take back the folder of a sweep of which no job was begun. Hydra leaves a multirun.yaml in it."""
-    folder = next((Path(word.partition("=")[2].strip("'\"")) for word in argv if word.startswith(f"{DIR}=")), None)
+    folder = folder_of(argv)
     if folder and leads() and {path.name for path in folder.glob("*")} <= {FILE, "multirun.yaml"}:
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from distill import asked
 from distill.errors import UserError
 from distill.files import atomic
 from distill.progress import say
-from distill.runs import sweeps, tables
+from distill.runs import sweeps, tables, trials
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,13 +48,13 @@ def finish(root: Path) -> bool:
     if table.empty and not failed:
         return False  # it was told
     if not table.empty:
-        broken = table[table["status"] != "done"]
+        broken = table[~table["status"].isin(["done", "pruned"])]
         failed |= {row["run"]: row["error"] or f"it is {row['status']}" for _, row in broken.iterrows()}
         table = table[table["status"] == "done"]
     width = shutil.get_terminal_size((10_000, 24)).columns
     lines = [f"{len(table)} of {len(table) + len(failed)} jobs are done, in {root}"]
     lines += text_of(grid(table), width) if len(table) else []
-    lines += sweeps.over_seeds(table)
+    lines += [*sweeps.over_seeds(table), *trials.told(root)]
     lines += [f"failed: {name}: {error}" for name, error in failed.items()]
     lines += [f"{asked.again(*sweeps.again(root))} tries them again"] if failed else []
     say("\n" + "\n".join(lines))
@@ -99,7 +99,7 @@ def write(root: Path, table: pd.DataFrame, failed: dict[str, str]) -> None:
     with atomic(root / "sweep.csv") as temporary:
         table.to_csv(temporary, index=False)
     lines = [f"# {root.name}", "", *(markdown(grid(table)) if len(table) else []), ""]
-    lines += [f"- {line}" for line in sweeps.over_seeds(table)]
+    lines += [f"- {line}" for line in [*sweeps.over_seeds(table), *trials.told(root)]]
     lines += [f"- failed: {name}: {error}" for name, error in failed.items()]
     with atomic(root / "sweep.md") as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from distill.asked import program
 from distill.data.base import Data
 from distill.data.fingerprint import difference, fingerprint
 from distill.data.prepare import preparation
-from distill.errors import DamagedError, UsageError, UserError
+from distill.errors import DamagedError, Pruned, UsageError, UserError
 from distill.files import atomic, read_json, sealed, write_json, write_yaml
 from distill.networks.network import Network
 from distill.networks.weights import read_state, save_weights
@@ -156,7 +156,7 @@ class Run:
     def failed(self, error: BaseException) -> None:
         """Say in run.json that it ended by `error`; on a full disk, in the place that the file has already."""
         reason = " ".join(str(error).split()) or type(error).__name__
-        status = error.status if isinstance(error, Ended) else "failed"
+        status = error.status if isinstance(error, (Ended, Pruned)) else "failed"
         try:
             self.write(status=status, error=reason, ended=_now())
         except OSError:

@@ -63,17 +63,18 @@ def summary(*roots: str | Path) -> pd.DataFrame:
             row["test images"] = report["context"].get("test images")
             if None not in (row["student alone top-1"], row["student top-1"]):
                 row["gain"] = row["student top-1"] - row["student alone top-1"]
-            files = [
-                model
-                for name, model in by_name.items()
-                if "." in name and None not in map(model.get, ("top1", "bytes"))
-            ]
-            if files:
-                smallest = min(files, key=lambda model: model["bytes"])
+            if smallest := smallest_file(folder):
                 row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
                 row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def smallest_file(folder: Path) -> dict | None:
+    """The row of a report's smallest file among those that were measured."""
+    rows = read_report(folder)["rows"] if (folder / "report.json").is_file() else []
+    files = [row for row in rows if "." in row["name"] and None not in map(row.get, ("top1", "bytes"))]
+    return min(files, key=lambda row: row["bytes"], default=None)
 
 
 def swept(folder: Path) -> dict[str, str | float]:

@@ -11,7 +11,9 @@ from distill import files, types
 from distill.cli import build, config
 from distill.losses.terms import build_losses
 
-FILES = sorted(file.relative_to(files.CONF) for file in Path(files.CONF).rglob("*.yaml"))
+FILES = sorted(
+    path for file in Path(files.CONF).rglob("*.yaml") if (path := file.relative_to(files.CONF)).parts[0] != "sweep"
+)  # conf/sweep has words of sweeps: tests/cli/test_sweep.py
 MUST = {
     "data=imagefolder": ["data.root=nowhere"],
     "data=webdataset": ["data.train=nowhere"],

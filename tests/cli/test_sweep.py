@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from conftest import QUICK
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distill.cli.command import _flags_first
 from distill.cli.sweep import abandoned, placed
 from distill.errors import UsageError
-from distill.files import read_json
+from distill.files import CONF, read_json
 from distill.report.sweep import text_of
 from distill.runs import tables
 from distill.runs.sweeps import FILE, ROOT, job_name, over_seeds
@@ -159,3 +160,41 @@ def test_only_runs_that_differ_in_the_seed_alone_are_pooled():
 def test_nothing_of_it_imports_torch():
     code = "import sys, distill.report.sweep, distill.cli.sweep; sys.exit(bool({'torch', 'pandas'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+READY = sorted(file.stem for file in Path(CONF, "sweep").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_sweeps_first_job_composes(train, tmp_path, capfd, name):
+    """What it searches or varies are options, each with a value of its space."""
+    words = placed(["-m", f"sweep={name}"])
+    parsed = OverridesParser.create().parse_overrides([word for word in words[1:] if not word.startswith("hydra")])
+    assert parsed and all(each.is_sweep_override() for each in parsed)
+    first = []
+    for each in parsed:
+        listed = each.is_discrete_sweep()
+        first.append(f"{each.get_key_element()}={next(iter(each.sweep_string_iterator())) if listed else 0.5}")
+    assert train(*first, "stages=[none]", cwd=tmp_path) == 2
+    assert "error: stages=[none]: expected" in capfd.readouterr().err
+
+
+def test_the_command_line_says_it_otherwise(tmp_path):
+    words = placed(["-m", "sweep=temperature", "loss.kd.weight=0.5"])
+    assert "loss.kd.weight=0.5" in words and not any("weight=interval" in word for word in words)
+    (tmp_path / "mine" / "sweep").mkdir(parents=True)
+    (tmp_path / "mine" / "sweep" / "own.yaml").write_text("words:\n  - seed=1,2\n")
+    sys.argv, before = ["train.py", "--config-dir", "mine"], sys.argv
+    try:
+        assert "seed=1,2" in placed(["-m", "--config-dir", "mine", "sweep=own"])
+        (tmp_path / "mine" / "sweep" / "bad.yaml").write_text("params: {}")
+        with pytest.raises(UsageError, match="expected words: and a list"):
+            placed(["-m", "--config-dir", "mine", "sweep=bad"])
+    finally:
+        sys.argv = before
+
+
+def test_jobs_of_several_processes_are_commands_of_their_own():
+    assert "hydra/launcher=processes" in placed(["-m", "seed=0,1", "trainer.devices=2"])
+    assert "hydra/launcher=processes" not in placed(["-m", "seed=0,1", "trainer.devices=2", "hydra/launcher=basic"])
+    assert "hydra/launcher=processes" not in placed(["-m", "seed=0,1"])
