@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -87,6 +88,11 @@ def ways_on(folder: Path) -> Iterator[None]:
             f"{error}: bring it back from a copy{changed}; or start a new run (another name=), whose student may begin "
             f"with this one's weights (student.checkpoint={folder / 'student.safetensors'})"
         ) from None
+
+
+def command_line(words: Iterable[str]) -> str:
+    """What was typed: `words` as a shell takes them."""
+    return " ".join(["python train.py", *map(shlex.quote, words)])
 
 
 def _added(recorded: list[str], words: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 100 * MOST  # bytes of a file of metrics
-TEXTS = ("name", "format", "measured")  # of a report's row
+TEXTS = ("name", "format", "measured", "command", "student")  # of a report's row
 
 
 def folders(root: str | Path = "outputs") -> list[Path]:
@@ -47,29 +47,31 @@ def summary(*roots: str | Path) -> pd.DataFrame:
     alone (all in [0, 1]), and of its smallest file the name, accuracy, bytes and latency in ms."""
     import pandas as pd
 
-    rows = []
-    for folder in (folder for root in roots for folder in folders(root)):
-        row = {key: value for key, value in _identity(folder).items() if key != "folder"}
-        row["status"] = str(_record(folder).get("status"))
-        if (folder / "report.json").is_file():
-            report = read_report(folder)
-            by_name = {model["name"]: model for model in report["rows"]}
-            for name in ("teacher", "student alone", "student"):
-                row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
-            row["test images"] = report["context"].get("test images")
-            if None not in (row["student alone top-1"], row["student top-1"]):
-                row["gain"] = row["student top-1"] - row["student alone top-1"]
-            files = [
-                model
-                for name, model in by_name.items()
-                if "." in name and None not in map(model.get, ("top1", "bytes"))
-            ]
-            if files:
-                smallest = min(files, key=lambda model: model["bytes"])
-                row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
-                row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([summarised(folder) for root in roots for folder in folders(root)])
+
+
+def summarised(folder: Path) -> dict:
+    """A run's row of `summary`."""
+    row = {key: value for key, value in _identity(folder).items() if key != "folder"}
+    row["status"] = str(_record(folder).get("status"))
+    if (folder / "report.json").is_file():
+        report = read_report(folder)
+        by_name = {model["name"]: model for model in report["rows"]}
+        for name in ("teacher", "student alone", "student"):
+            row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
+        row["test images"] = report["context"].get("test images")
+        if None not in (row["student alone top-1"], row["student top-1"]):
+            row["gain"] = row["student top-1"] - row["student alone top-1"]
+        if smallest := smallest_file(report["rows"]):
+            row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
+            row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
+    return row
+
+
+def smallest_file(rows: list[dict]) -> dict | None:
+    """Of a report's rows, the one of the smallest measured file."""
+    files = [row for row in rows if "." in row["name"] and None not in map(row.get, ("top1", "bytes"))]
+    return min(files, key=lambda row: row["bytes"], default=None)
 
 
 def read_report(folder: Path) -> dict:
@@ -152,17 +154,3 @@ def _identity(folder: Path) -> dict:
         "overrides": " ".join(record["overrides"]),
         "options": " ".join(sorted(word for word in record["overrides"] if not word.startswith(("seed=", "name=")))),
     }
-
-
-SHOWN = [
-    "run",
-    "overrides",
-    "status",
-    "student alone top-1",
-    "student top-1",
-    "gain",
-    "file",
-    "file top-1",
-    "bytes",
-    "latency_ms",
-]
