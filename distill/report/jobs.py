@@ -71,6 +71,8 @@ def over_seeds(table: pd.DataFrame) -> list[str]:
     lines = []
     if "gain" not in table:
         return lines
+    shared = set.intersection(*(set(options.split()) for options in table["options"]))
+    shared = shared if table["options"].nunique() > 1 else set()
     for options, runs in table[table["status"] == "done"].dropna(subset=["gain"]).groupby("options", sort=False):
         runs = runs.drop_duplicates("seed").sort_values("seed")
         if len(runs) < 2:
@@ -81,5 +83,6 @@ def over_seeds(table: pd.DataFrame) -> list[str]:
             for name in ("student alone", "student")
         )
         seeds = ", ".join(str(int(seed)) for seed in runs["seed"])
-        lines.append(f"{options or 'default'}, seeds {seeds} (mean ± standard deviation): {scores}; {found}")
+        named = " ".join(word for word in options.split() if word not in shared) or "default"
+        lines.append(f"{named}, seeds {seeds} (mean ± standard deviation): {scores}; {found}")
     return lines

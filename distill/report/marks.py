@@ -51,10 +51,10 @@ def colour(name: str) -> str:
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
-def _polygon(corners: int, turn: float, inner: float = 1) -> list[tuple[float, float]]:
+def _polygon(corners: int, turn: float, inner: float = 1, size: float = 1) -> list[tuple[float, float]]:
     """Corners of a regular polygon, or of a star, whose odd corners are nearer to the middle."""
     angles = [turn + 2 * math.pi * corner / corners for corner in range(corners)]
-    radii = [1 if corner % 2 == 0 else inner for corner in range(corners)]
+    radii = [size * (1 if corner % 2 == 0 else inner) for corner in range(corners)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for angle, r in zip(angles, radii, strict=True)]
 
 
@@ -69,9 +69,9 @@ OUTLINES = {  # corners within the circle of radius 1, or a little out of it; y 
     "diamond": _polygon(4, 0),
     "pentagon": _polygon(5, 0),
     "hexagon": _polygon(6, 0),
-    "up": _polygon(3, 0),
-    "down": _polygon(3, math.pi),
-    "star": _polygon(10, 0, 0.45),
+    "up": _polygon(3, 0, size=1.2),
+    "down": _polygon(3, math.pi, size=1.2),
+    "star": _polygon(10, 0, 0.45, size=1.2),
     "plus": _PLUS,
     "cross": [((x - y) / math.sqrt(2), (x + y) / math.sqrt(2)) for x, y in _PLUS],
 }

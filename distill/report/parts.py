@@ -31,7 +31,7 @@ th button{font:inherit;font-weight:600;border:0;background:none;padding:0;cursor
 text-align:inherit;color:inherit}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 .name{white-space:normal;min-width:9rem;max-width:16rem}.confusion .name{min-width:0}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1.2rem}
+.grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:1.2rem}
 .plot{width:100%;height:auto;display:block}.plot .tick{fill:#444}.plot .grid{stroke:#000;stroke-opacity:.09}
 .plot .front{fill:none;stroke:#999;stroke-dasharray:3 3}
 .legend{list-style:none;margin:.4rem 0;padding:0;display:flex;flex-wrap:wrap;gap:.2rem .9rem;font-size:.86rem}

@@ -35,13 +35,14 @@ class Curve(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """From values to px."""
+    """From values to px; `whole` numbers are named on it where it has no others."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         low, high, at = (math.log10(each) if self.log else each for each in (self.low, self.high, value))
@@ -87,7 +88,8 @@ def curves(lines: Sequence[Curve], xlabel: str, ylabel: str, bounds: tuple[float
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1
     xs = [x for line in lines for x in line.xs]
     first, last = min(xs), max(xs)
-    across = Scale(first, last if last > first else first + 1, INNER.left, INNER.right)
+    whole = all(float(x).is_integer() for x in xs) and last > 1
+    across = Scale(first, last if last > first else first + 1, INNER.left, INNER.right, whole=whole)
     down = Scale(low - margin, high + margin, INNER.bottom, INNER.top)
     body = [_axes(across, down, xlabel, ylabel)]
     for line in lines:
@@ -130,18 +132,20 @@ def _key(width: int, body: str) -> str:
     return f'<svg class="key" viewBox="0 0 {width} 16" width="{width}" height="16" aria-hidden="true">{body}</svg>'
 
 
-def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Round numbers between two others, about five."""
+def ticks(low: float, high: float, log: bool = False, whole: bool = False) -> list[float]:
+    """Round numbers between two others, about five; `whole` ones."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in ((1, 2, 3, 5), (1, 3), (1,)):
             found = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
             if len(found) <= 7:
                 break
-        return found or [low]
-    raw = (high - low) / 5
+        return found if len(found) > 1 else ticks(low, high)
+    raw = max((high - low) / 5, 1 if whole else 0)
     unit = 10.0 ** math.floor(math.log10(raw))
-    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= 0.8 * raw)
+    step = unit * next(
+        factor for factor in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if factor * unit >= 0.8 * raw
+    )
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -153,7 +157,7 @@ def _axes(across: Scale, down: Scale, xlabel: str, ylabel: str) -> str:
         return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(words)}</text>'
 
     end = -math.inf
-    for value in ticks(across.low, across.high, across.log):
+    for value in ticks(across.low, across.high, across.log, across.whole):
         x, words = across(value), f"{value:g}"
         half = ADVANCE * len(words) / 2
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{INNER.top}" x2="{x:.1f}" y2="{INNER.bottom}"/>')

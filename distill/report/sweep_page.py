@@ -62,8 +62,7 @@ def page(root: Path) -> str:
     if table.empty:
         raise UserError(f"{root} holds no runs (no run.json below it): expected a folder such as outputs/sweeps/DATE")
     done = (table["status"] == "done").sum()
-    counted = f"{len(table):,} runs, {done:,} of them done"
-    told = [*over_seeds(table), counted]
+    counted = f"{len(table):,} runs, {done:,} of them done."
     reports = {run.place: found for run in table.itertuples() if (found := _report(root / run.place)) is not None}
     early = [place for place, report in reports.items() if "verdict" not in report]
     warned = damaged + [
@@ -71,7 +70,8 @@ def page(root: Path) -> str:
     ]
     body = [
         f"<header><p class='quiet'>Distill: report of a sweep</p><h1>{text(root.resolve().name)}</h1></header><main>",
-        *(f'<p class="verdict">{text(line)}.</p>' for line in told),
+        *(f'<p class="verdict">{text(line)}.</p>' for line in over_seeds(table)),
+        f"<p>{counted}</p>",
         *(f'<p class="warn">{text(line)}.</p>' for line in warned),
         parts.section("Runs", _runs(root, table), '<p class="quiet">Gain: points over the student alone.</p>'),
         parts.section("Accuracy and cost", *_points(reports)),
