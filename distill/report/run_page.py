@@ -121,7 +121,7 @@ def _warnings(content: Mapping, rows: Sequence[Row]) -> str:
         f"Measured before, at {time}: {', '.join(row.name for row in rows if row.measured == time)}"
         for time in sorted(times)
     ]
-    return "".join(f'<p class="warn">{text(_sentence(line))}</p>' for line in lines)
+    return "".join(f'<p class="warn">{text(line)}.</p>' for line in lines)
 
 
 def models(rows: Sequence[Row]) -> str:

@@ -315,8 +315,8 @@ def test_rows_keep_the_command_that_made_them_and_stale_files_are_named(tmp_path
     assert tables.stale([*other.values()]) == ["student-a.pt", "student-b.pt"]
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")
-        assert "tudent-a.pt is stale: it was made from a student that has changed since" in text
-        assert "tudent-lost.pte is in export/ and was not measured" in text
+        assert "student-a.pt is stale: it was made from a student that has changed since" in text
+        assert "student-lost.pte is in export/ and was not measured" in text
         assert "four" in text and "two" in text
 
 
