@@ -130,7 +130,7 @@ def _is_still(name: str, folder: Path, size: float | None) -> bool:
 # columns of the terminal's table, those first that go first where there is no room for all
 DROPPED = (
     *("p95\nms", "int8\nmath %", "params\nM", "largest\nΔlogit", "as\nteacher %", "ECE", "MACs\nM"),
-    *("int8\n%", "macro\n%", "as\nstudent %", "gain\npoints"),
+    *("int8\n%", "macro\n%", "as\nstudent %", "gain\npoints", "time\nms", "size\nkB"),
 )
 SAID = {  # below the table, of a column that is in it
     "top-1\n%": "±: one standard error",
@@ -160,17 +160,16 @@ def table(rows: list[Row], width: int | None = None) -> str:
 
 def fitted(columns: list[tuple[str, ...]], width: int, dropped: Sequence[str]) -> list[tuple[str, ...]]:
     """The columns, header first, without those `dropped` for which there is no room, the first of these first. The
-    first column may be folded, to a third of the width."""
+    first column may be folded."""
     for header in ("", *dropped):
         columns = [column for column in columns if column[0] != header]
-        if sum(_breadths(columns, width)) + len(columns) + 1 <= width:
+        if sum(_breadths(columns, width)) + len(columns) <= width:
             break
     return columns
 
 
 def drawn(columns: list[tuple[str, ...]], width: int) -> str:
-    """Columns of texts, header first, as lines: the first at the left, its texts folded; the others at the right. Their
-    texts are cut where even so they have no room."""
+    """Columns of texts, header first, as lines: the first at the left, its texts folded; the others at the right."""
     breadths = _breadths(columns, width)
     lines = []
     for number, cells in enumerate(zip(*columns, strict=True)):
@@ -183,15 +182,15 @@ def drawn(columns: list[tuple[str, ...]], width: int) -> str:
             lines.append(" ".join(["", _pad(first, breadths[0]), *numbers]))
         if number == 0:
             lines.append(" " + plain("─") * (sum(breadths) + len(breadths) - 1))
-    return "\n".join(line[:width].rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _breadths(columns: list[tuple[str, ...]], width: int) -> list[int]:
-    """Of each column, in terminal cells; the first one's at most a third of the width."""
+    """Of each column, in terminal cells; the first one's is bounded, so that figures have room."""
     from rich.cells import cell_len
 
     breadths = [max(cell_len(line) for text in column for line in plain(text).split("\n")) for column in columns]
-    return [min(breadths[0], max(12, width // 3 - 1)), *breadths[1:]]
+    return [min(breadths[0], max(10 if width >= 40 else 8, min(width // 2 - 16, 40))), *breadths[1:]]
 
 
 def _folded(text: str, breadth: int) -> list[str]:

@@ -27,7 +27,7 @@ class Lines(Callback):
             self.bar = tqdm(
                 total=trainer.num_training_batches,
                 desc=f"  epoch {trainer.current_epoch + 1}/{self.epochs}",
-                bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} batches, {remaining} left",
+                bar_format="{desc}: batch {n_fmt}/{total_fmt} |{bar}| {remaining} left",
                 leave=False,
                 dynamic_ncols=True,
                 file=sys.stdout,

@@ -371,7 +371,7 @@ def test_the_terminal_table_fits_120_columns_and_loses_no_name():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 120
     assert "…" not in text
-    names = "".join(line[1 : 120 // 3].strip() for line in lines).replace(" ", "")  # the first column
+    names = "".join(line[1:42].strip() for line in lines).replace(" ", "")  # the first column
     assert all(name.replace(" ", "") in names for name in [*NAMES, long.name])
     assert "\x1b" not in text
 
@@ -384,7 +384,7 @@ def test_the_table_fits_the_terminal(width, monkeypatch):
     text = tables.table(rows)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text and "80.00 ±1.2" in text and "kB" in text and "ms" in text
-    assert ("ECE" in text) == (width > 80) and ("gain" in text) == (width > 40)
+    assert ("ECE" in text) == (width > 80) and "gain" in text
     rule = next(line for line in text.splitlines() if "──" in line)
     wide = len(text.splitlines()[0])
     assert len(rule) == wide <= width
