@@ -3,11 +3,14 @@
 Lightning's rank_zero_only.rank is the same number, but importing it imports torch, and the command line's errors come
 before that."""
 
+import codecs
 import os
+import shutil
 import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks, in its order
 
@@ -18,8 +21,11 @@ def leads() -> bool:
 
 
 def say(line: str) -> None:
+    """A line, above the bar where one is shown."""
     if leads():
-        print(shown(str(line)), flush=True)
+        bars = sys.modules.get("tqdm")
+        with bars.tqdm.external_write_mode(sys.stdout) if bars else nullcontext():
+            print(shown(str(line)), flush=True)
 
 
 TURNS = {*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))}  # the direction of what follows
@@ -31,6 +37,35 @@ def shown(text: str) -> str:
         return text
     steers = (sign for sign in {*text} if sign not in "\n\t" and (unicodedata.category(sign) == "Cc" or sign in TURNS))
     return text.translate({ord(sign): sign.encode("unicode_escape").decode() for sign in steers})
+
+
+PLAIN = {  # for a terminal or file that lacks the sign
+    **{"–": "-", "—": "-", "─": "-", "·": ".", "×": "x", "Δ": "d", "“": '"', "”": '"', "’": "'"},
+    **{"→": "->", "±": "+-", "…": "...", "≤": "<=", "≥": ">="},
+}
+
+
+def plain(text: str) -> str:
+    """The text as stdout can show it: what a table's columns are measured by."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        return text
+    except (UnicodeEncodeError, LookupError):
+        return text.encode(sys.stdout.encoding, PLAINLY).decode(sys.stdout.encoding)
+
+
+PLAINLY = "distill.plain"  # how encoders treat a sign that they lack
+codecs.register_error(PLAINLY, lambda error: (PLAIN.get(error.object[error.start], "?"), error.start + 1))
+
+
+def on_a_terminal() -> bool:
+    """Whether stdout is one on which a line can be written anew."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def screen_width(otherwise: int) -> int:
+    """Columns of the terminal; `otherwise` where there is none, or none that says."""
+    return shutil.get_terminal_size((otherwise, 24)).columns
 
 
 def printable(text: str) -> str:
@@ -46,7 +81,7 @@ def few(names: Sequence[str], shown: int = 5) -> str:
 
 def counted(chunks: Iterable[Sequence], total: int, what: str) -> Iterator:
     """The items of all chunks, with a bar on a terminal, else with a line every half minute."""
-    if leads() and sys.stdout.isatty():
+    if leads() and on_a_terminal():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=f"  {what}", leave=False, file=sys.stdout) as bar:

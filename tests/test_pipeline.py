@@ -35,6 +35,7 @@ def test_the_folder_holds_what_continues_exports_and_analyses_the_run(folder):
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "run.json", "metrics", "checkpoints", "student.safetensors"} <= names
     assert {"student_last.safetensors", "export", "report.json", "report.md", "report.png"} <= names
+    assert {"report.html", "details.json"} <= names
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "done"
     assert record["seed"] == 0
@@ -122,6 +123,18 @@ def test_another_compression_on_a_finished_run(train, folder, capfd):
     words = [f"run={copy}", "stages=[compress,export,report]", "compress=weight_only_int8"]
     assert train(*words, cwd=folder.parent.parent) == 0  # what was set in the other step is forgotten
     assert (copy / "export" / "student-weight_only_int8.pt").is_file()
+    report = json.loads((copy / "report.json").read_text())
+    made = {row["name"]: row["command"].partition("stages=")[2] for row in report["rows"]}
+    assert made == {
+        **dict.fromkeys(["teacher", "student alone", "student", "student (last epoch)"], ""),
+        **dict.fromkeys(["student.pt", "student.ptl"], "[compress,export,report]' compress=weight_only_int8"),
+        **{f"student-weight_only_int8.{kind}": made["student.pt"] for kind in ("pt", "ptl")},
+        **{
+            f"student-dynamic_int8.{kind}": "[compress,export,report]' compress.dynamic_int8.conv=float"
+            for kind in ("pt", "ptl")
+        },
+    }
+    assert "Measured before" in (copy / "report.html").read_text(encoding="utf-8")
 
 
 def test_weights_one_has_are_compressed_and_measured_without_training(train, folder, capfd):

@@ -66,8 +66,8 @@ def test_the_page_names_every_room():
         ("distill.teachers.Committee", "distill.teachers.committee.Committee"),
         ("distill.teachers.Peer", "distill.teachers.peer.Peer"),
         ("distill.teachers.Ema", "distill.teachers.ema.Ema"),
-        ("distill.runs.SweepTable", "distill.report.sweep.SweepTable"),
-        ("distill.runs.sweeps.SweepTable", "distill.report.sweep.SweepTable"),
+        ("distill.runs.SweepTable", "distill.report.sweeps.SweepTable"),
+        ("distill.runs.sweeps.SweepTable", "distill.report.sweeps.SweepTable"),
     ],
 )
 def test_names_of_earlier_versions_lead_to_what_is_there_now(old, new):

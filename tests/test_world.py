@@ -38,7 +38,7 @@ def started(cwd, *words, **options) -> subprocess.CompletedProcess:
 def test_an_output_that_lacks_signs_does_not_end_a_run(tmp_path, env):
     done = started(tmp_path, "name=x", env=env)
     assert done.returncode == 0, done.stderr
-    assert b"teacher: fitting" in done.stdout and b"? outputs" in done.stdout
+    assert b"teacher: fitting" in done.stdout and b"-> outputs" in done.stdout
     assert json.loads((tmp_path / "outputs/x/run.json").read_text(encoding="utf-8"))["status"] == "done"
     failed = started(tmp_path, "loss=[ce,kd,nösuch]", env=env)
     assert failed.returncode == 2 and failed.stderr.startswith(b"error: ") and b"Traceback" not in failed.stderr

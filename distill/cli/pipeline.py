@@ -18,8 +18,10 @@ def pipeline(cfg: DictConfig) -> None:
         from distill.data.findings import left_out
         from distill.errors import UserError
         from distill.export.deploy import write_readme
+        from distill.networks.weights import content_hash
         from distill.progress import leads, say
         from distill.report import diagnosis, page, parity, tables
+        from distill.report.details import details
         from distill.report.evaluate import evaluate
         from distill.runs import run, verdict
         from distill.runs.tables import curves
@@ -96,13 +98,19 @@ def pipeline(cfg: DictConfig) -> None:
             if "auto" in cfg.compress:
                 small = [file.path.name for name in nets if name != "student" for file in files[name]]
                 failures += exceeded(rows, small, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
-            rows, earlier = tables.with_earlier(rows, folder)
+            made = [file.path.name for several in files.values() for file in several] if job.does("export") else []
+            made += tables.ORDER if job.does("distill") else ()
+            now = tables.Now(job.command(), job.commands()[0], content_hash(student.net)[:16], made)
+            rows, earlier = tables.with_earlier(rows, folder, now)
             helped = verdict.of(logits, labels)
-            figures = diagnosis.figures(logits, labels, None if given else curves(folder))
+            metrics = None if given else curves(folder)
+            figures = diagnosis.figures(logits, labels, metrics)
             say(tables.table(rows))  # first: the disk may be full
             setbacks = divergence.told(job.record.get("setbacks", ()))
             context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
-            page.write(rows, folder, context, failures + earlier, helped, figures)
+            page.write(
+                rows, folder, context, failures + earlier, helped, figures, details(logits, labels, data), metrics
+            )
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
@@ -111,6 +119,7 @@ def pipeline(cfg: DictConfig) -> None:
                 say(line)
             for line in parity.remarks(rows):
                 say(f"remark: {line}")
-            say(f"{folder}: report.md, report.json, report.png, export/")
+            exported = ", export/" if any(files.values()) else ""
+            say(f"{folder}: report.html, report.md, report.json, report.png{exported}")
         if failures:
             raise UserError("; ".join(failures))

@@ -137,7 +137,7 @@ class Search(Sweeper):
                         study.tell(trial.number, state=trials.load_optuna().trial.TrialState.FAIL)
             begun = sum("words" in each.user_attrs for each in known)
             while len(found) < getattr(self.launcher, "many", 1) and begun < self.trials:
-                trial = self._asked(study)
+                trial = self._asked(study, begun)
                 self._claim(root, trial.number, held)
                 varied = [f"{key}={_drawn(trial, key, each)}" for key, each in space.items()]
                 trial.set_user_attr("words", varied)
@@ -145,11 +145,10 @@ class Search(Sweeper):
                 begun += 1
         return found
 
-    def _asked(self, study: optuna.Study) -> optuna.Trial:
-        """A new trial. Its sampler's seed follows from its number, so that a study that goes on draws what it would
-        have drawn, and nothing twice."""
+    def _asked(self, study: optuna.Study, number: int) -> optuna.Trial:
+        """A new trial. Its sampler's seed follows from how many were before it, so that a study that goes on draws what
+        it would have drawn, and nothing twice."""
         optuna = trials.load_optuna()
-        number = len(study.get_trials(deepcopy=False))
         study.sampler = getattr(optuna.samplers, self.sampler)(seed=(self.seed * 100_003 + number) % 2**32)
         return study.ask()
 

@@ -4,6 +4,8 @@ import io
 import os
 import sys
 
+from distill.progress import PLAINLY
+
 
 class Lasting(io.FileIO):
     """A stream whose lines go nowhere once its reader is gone (`| head`) or its disk is full."""
@@ -33,7 +35,7 @@ def last() -> None:
             lasting = io.TextIOWrapper(
                 io.BufferedWriter(raw),
                 stream.encoding,
-                "replace",  # a terminal or file that lacks a sign gets "?" for it
+                PLAINLY,  # a terminal or file that lacks a sign gets another for it
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )

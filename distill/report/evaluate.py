@@ -36,8 +36,8 @@ def evaluate(
         tolerance: {"file", "rounding", "float", "compressed"}, bounds of `report.difference`.
 
     Returns:
-        The rows, one line for each reason why a file may not ship, the networks' logits on the test images, (N, K) by
-        row name, and these images' labels (N,).
+        The rows, one line for each reason why a file may not ship, the rows' logits on the test images, (N, K) by
+        name, and these images' labels (N,).
     """
     plain = {name: network.plain() for name, network in networks.items() if network is not None}
     artifacts = {file.path.name: file for several in files.values() for file in several}
@@ -86,7 +86,7 @@ def evaluate(
             failures.append(f"{name}: its process died while its latency was measured")
         if torch.isfinite(logits[name]).all():
             rows.append(row(name, net, measure.file_bytes(artifacts[name].path)))
-    return tables.compare(rows), list(dict.fromkeys(failures)), {name: logits[name] for name in plain}, labels
+    return tables.compare(rows), list(dict.fromkeys(failures)), {row.name: logits[row.name] for row in rows}, labels
 
 
 @torch.no_grad()

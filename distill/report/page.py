@@ -1,4 +1,6 @@
-"""report.json, report.md, report.png and the loggers' summary."""
+"""report.json, details.json, report.md, report.png, report.html and the loggers' summary."""
+
+from __future__ import annotations
 
 import platform
 import re
@@ -7,18 +9,24 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from distill.files import sealed
 from distill.progress import shown
+from distill.report import run_page
 from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot
-from distill.report.tables import Row, cells, ordered
+from distill.report.tables import Row, cells, ordered, reference_of, unmeasured
+from distill.runs.run import PACKAGES
 from distill.runs.verdict import Verdict
 from distill.runtimes import measure
 from distill.runtimes.artifact import write as write_file
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROTOCOL = {
     "latency": "one image, one thread, models in turn, after warm-up: median and 95th percentile; networks in eager "
@@ -40,14 +48,19 @@ def write(
     failures: Sequence[str] = (),
     verdict: Verdict | None = None,
     figures: Figures | None = None,
+    details: Mapping | None = None,
+    metrics: pd.DataFrame | None = None,
 ) -> None:
-    """Writes report.json, report.md and report.png into `folder`, each whole or not at all.
+    """Writes report.json, report.md, report.png and report.html into `folder`, and details.json where there are
+    details, each whole or not at all.
 
     Args:
         context: plain JSON values that belong to the figures, such as {"seed": 0, "data": "cifar10"}.
         failures: a line for each reason why a file may not ship.
         verdict: whether the student gained; None without a student alone.
         figures: of which the report tells what is remarkable.
+        details: see distill.report.details.
+        metrics: by epoch, see distill.runs.tables.curves.
 
     Raises:
         UserError: a file cannot be written.
@@ -60,6 +73,7 @@ def write(
         "figures": figures and asdict(figures),
         "rows": [asdict(row) for row in rows],
         "failures": list(failures),
+        "unmeasured": _unmeasured(rows, failures, folder / "export"),
         "context": dict(context),
         "environment": machine,
         "protocol": PROTOCOL,
@@ -67,9 +81,22 @@ def write(
     write_file(folder / "report.json", sealed(content).encode())
     write_file(
         folder / "report.md",
-        _markdown(rows, context, failures, machine, [*([verdict] if verdict else []), *found]).encode(),
+        _markdown(
+            rows, context, failures, machine, [*([verdict] if verdict else []), *found], content["unmeasured"]
+        ).encode(),
     )
     write_file(folder / "report.png", plot(rows))
+    if details is None:
+        (folder / run_page.DETAILS).unlink(missing_ok=True)  # of an earlier report
+    else:
+        write_file(folder / run_page.DETAILS, sealed(details).encode())
+    write_file(folder / "report.html", run_page.page(content, details, metrics).encode())
+
+
+def _unmeasured(rows: list[Row], failures: Sequence[str], folder: Path) -> list[str]:
+    """A line for each exported file that no row and no failure is of."""
+    names = [name for name in unmeasured(rows, folder) if not any(line.startswith(f"{name}: ") for line in failures)]
+    return [f"{name} is in export/ and was not measured: the command that wrote it did not report" for name in names]
 
 
 def log(logger, rows: list[Row], folder: Path) -> None:
@@ -93,7 +120,7 @@ def environment() -> dict[str, str | int]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "quantized engine": torch.backends.quantized.engine,
-        **{name: version(name) for name in ("torch", "torchvision", "torchmetrics")},
+        **{name: version(name) for name in PACKAGES},
     }
 
 
@@ -106,7 +133,12 @@ def _cpu_name() -> str:
 
 
 def _markdown(
-    rows: list[Row], context: Mapping, failures: Sequence[str], machine: Mapping, told: Sequence[Verdict | str]
+    rows: list[Row],
+    context: Mapping,
+    failures: Sequence[str],
+    machine: Mapping,
+    told: Sequence[Verdict | str],
+    unmeasured: Sequence[str],
 ) -> str:
     headers, *body = cells(rows, short=False)
     lines = [
@@ -119,9 +151,11 @@ def _markdown(
     lines.append("| --- |" + " ---: |" * (len(headers) - 1))
     lines += ["| " + " | ".join(map(_text, cells)) + " |" for cells in body]
     images = f"{context['test images']:,}" if "test images" in context else "so many"
+    reference = reference_of(rows)
+    over = f" Gain: top-1 in points over the {reference.name}." if reference else ""
     lines += [
         "",
-        f"Top-1 ± one standard error on {images} test images. Change: top-1 in points against the float student.",
+        f"Top-1 ± one standard error on {images} test images.{over}",
         *(["Macro: the mean of the classes' own top-1."] if "macro %" in headers else []),
         "",
         "![accuracy and cost](report.png)",
@@ -131,10 +165,15 @@ def _markdown(
     }
     for time, names in times.items():
         lines += ["", f"Measured before, at {_text(time)}: {_text(', '.join(names))}."]
-    if told := remarks(rows):
+    if told := [*remarks(rows), *unmeasured]:
         lines += ["", "## Remarks", "", *(f"- {_text(line)}" for line in told)]
     if failures:
         lines += ["", "## May not ship", "", *(f"- {_text(line)}" for line in failures)]
+    if commands := dict.fromkeys(row.command for row in rows if row.command):
+        lines += ["", "## Made by", ""]
+        for command in commands:
+            names = ", ".join(row.name for row in rows if row.command == command)
+            lines.append(f"- {_text(names)}: {_value('command', command)}")
     for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):
         if values:
             lines += [

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.report.tables import Row
+from distill.report.tables import Row, stale
 from distill.runtimes import measure
 
 SLOWER = 1.5  # times that a file may take of its float one's time before that is remarked
@@ -82,10 +82,10 @@ def difference(
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader should know of files that may ship: one that is larger or much slower than the float student's of
-    the same format."""
+    """What a reader should know of files that may ship: one that is of another student, or larger or much slower than
+    the float student's of the same format."""
     floats = {row.format: row for row in rows if row.format != "eager" and Path(row.name).stem == "student"}
-    told = []
+    told = [f"{name} is stale: it was made from a student that has changed since" for name in stale(rows)]
     for row in rows:
         plain = floats.get(row.format)
         if plain is None or row.name == plain.name:

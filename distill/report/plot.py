@@ -2,7 +2,11 @@
 
 import io
 
-from distill.report.tables import ORDER, Row
+from distill.report.labels import Box, nearest, place, shortened
+from distill.report.marks import OUTLINES, mark
+from distill.report.tables import Row
+
+RADIUS, FONT, LONGEST = 7, 9, 40  # of a mark in px, of names in points; signs of a name
 
 
 def plot(rows: list[Row]) -> bytes:
@@ -11,51 +15,82 @@ def plot(rows: list[Row]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = (("bytes", "file size (kB)", 1e-3), ("latency_ms", "latency of one image on one thread (ms)", 1))
+    panels = (("bytes", "size (kB)", 1e-3), ("latency_ms", "latency of one image on one thread (ms)", 1))
+    drawn = []
     for axes, (field, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        shown = [row for row in rows if row.top1 is not None and getattr(row, field) is not None]
+        shown = [row for row in rows if row.top1 is not None and (getattr(row, field) or 0) > 0]
         axes.set(xscale="log", xlabel=label, ylabel="top-1 accuracy (%)")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        _label_points(axes, [(getattr(row, field) * scale, row.top1 * 100, row.name) for row in shown])
+        points = [(getattr(row, field) * scale, row.top1 * 100, row.name) for row in shown]
+        drawn.append((axes, points))
+        _mark(axes, points)
+    handles = {handle.get_label(): handle for axes, _ in drawn for handle in axes.lines}
+    if handles:
+        columns = min(5, len(handles))
+        figure.legend(
+            [*handles.values()], [*handles], loc="outside lower center", ncols=columns, fontsize=FONT, frameon=False
+        )
+    figure.draw_without_rendering()  # the places of things are final then
+    for axes, points in drawn:
+        _label(axes, points)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _label_points(axes, points: list[tuple[float, float, str]]) -> None:
-    """Draws the points and, beside each, its name; names keep a line's distance from each other."""
+def _mark(axes, points: list[tuple[float, float, str]]) -> None:
+    """The points, each as its model looks everywhere."""
     if not points:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="grey")
         return
     xs, ys, _ = zip(*points, strict=True)
     margin = max((max(ys) - min(ys)) * 0.25, 0.5)
-    low, high = min(ys) - margin, max(ys) + margin
-    axes.set(xlim=(min(xs) / 1.7, max(xs) * 1.7), ylim=(low, high))
-    line = 0.055  # the height of a line of text, as a share of the axes' height
-    height = -line
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        height = max((y - low) / (high - low), height + line)
-        to_the_right = x * x <= min(xs) * max(xs)  # of the point, when it is in the left half
-        (point,) = axes.plot(x, y, "o" if name in ORDER else "^", markersize=8)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(x * 1.06 if to_the_right else x / 1.06, height),
-            textcoords=axes.get_xaxis_transform(),
-            ha="left" if to_the_right else "right",
-            va="center",
-            fontsize=9,
-            color=point.get_color(),
-            arrowprops={
-                "arrowstyle": "-",
-                "color": point.get_color(),
-                "alpha": 0.5,
-                "relpos": (0 if to_the_right else 1, 0.5),  # the line starts at the name's near end
-            },
+    axes.set(xlim=(min(xs) / 1.7, max(xs) * 1.7), ylim=(min(ys) - margin, max(ys) + margin))
+    for x, y, name in points:
+        look = mark(name)
+        corners = [(across, -down) for across, down in OUTLINES[look.shape]]
+        axes.plot(
+            x,
+            y,
+            marker=[*corners, corners[0]],
+            markersize=10,
+            color=look.colour,
+            linestyle="",
+            label=shortened(name, LONGEST),
         )
+
+
+def _label(axes, points: list[tuple[float, float, str]]) -> list[Box]:
+    """Beside each point its name, where there is room; the boxes of these, in px from the top."""
+    renderer = axes.figure.canvas.get_renderer()
+    window, boxes = axes.get_window_extent(renderer), []
+    texts = [
+        axes.annotate(
+            shortened(name, LONGEST),
+            (x, y),
+            xytext=(0, 0),
+            textcoords="figure pixels",
+            fontsize=FONT,
+            color=mark(name).colour,
+        )
+        for x, y, name in points
+    ]
+    sizes = [(extent.width + 2, extent.height + 2) for extent in (each.get_window_extent(renderer) for each in texts)]
+    places = [(x, -y) for x, y in (axes.transData.transform((x, y)) for x, y, _ in points)]
+    free = place(places, sizes, Box(window.x0, -window.y1, window.x1, -window.y0), RADIUS)
+    for text, box, (x, y) in zip(texts, free, places, strict=True):
+        if box is None:
+            text.remove()
+            continue
+        text.set_position((box.left + 1, -box.bottom + 1))
+        boxes.append(box)
+        near = nearest((x, y), box)
+        ends = axes.transData.inverted().transform([(x, -y), (near[0], -near[1])])
+        axes.plot(*ends.T, color=text.get_color(), alpha=0.45, linewidth=0.8, scalex=False, scaley=False)
+    return boxes

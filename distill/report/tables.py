@@ -1,16 +1,17 @@
 """The report of a run: what each model is worth and costs, as JSON, Markdown, a plot and a terminal table."""
 
-import io
 import re
-import shutil
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.progress import say
+from distill.progress import plain, say, screen_width
 from distill.runs.tables import read_report
 
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
+SUFFIXES = (".pt", ".ptl", ".pte", ".onnx", ".pt2")  # of files that are exported
 MISSING = "–"
 
 
@@ -38,6 +39,8 @@ class Row:
     macro: float | None = None  # the mean of the classes' own top-1
     int8_computed: float | None = None  # of the weights: those with which the arithmetic is int8's
     measured: str | None = None  # when, where that was before the report's other rows
+    command: str | None = None  # the one that made it
+    student: str | None = None  # hash of the weights that it was made from, or of its own
 
 
 def compare(rows: list[Row]) -> list[Row]:
@@ -54,9 +57,23 @@ def compare(rows: list[Row]) -> list[Row]:
     ]
 
 
-def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
+@dataclass(frozen=True)
+class Now:
+    """What the present command has made."""
+
+    command: str
+    first: str  # the command that began the run: its networks are of that, if none is known to have made them again
+    student: str  # hash of the student's weights
+    made: Collection[str]  # names of rows; the others were made before
+
+
+def with_earlier(rows: list[Row], folder: Path, now: Now | None = None) -> tuple[list[Row], list[str]]:
     """The rows with those of the report that is in `folder` already, for files that are still in its export/ and are
-    not measured again: what other compressions and formats gave. With them their failures."""
+    not measured again: what other compressions and formats gave. With them their failures.
+
+    Args:
+        now: by which each row is told what made it; what was made before keeps what it was told.
+    """
     try:
         report = read_report(folder)
         time, known = str(report["environment"]["time"]), {field.name for field in fields(Row)}
@@ -65,7 +82,8 @@ def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
     except (UserError, LookupError, TypeError, AttributeError) as error:
         if (folder / "report.json").exists():
             say(f"warning: the rows of an earlier report are left out: {error or type(error).__name__}")
-        return rows, []
+        found, failures, time = [], [], None
+    rows = rows if now is None else _attributed(rows, {row.name: row for row in found}, now)
     new = {row.name for row in rows}
     kept = [
         replace(row, measured=row.measured or time)
@@ -73,6 +91,34 @@ def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
         if row.format != "eager" and row.name not in new and _is_still(row.name, folder / "export", row.bytes)
     ]
     return rows + kept, [line for line in failures if any(line.startswith(f"{row.name}: ") for row in kept)]
+
+
+def _attributed(rows: list[Row], before: Mapping[str, Row], now: Now) -> list[Row]:
+    """The rows with the command that made each, and the student it was made from, where these are known."""
+    told = []
+    for row in rows:
+        if row.name in now.made:
+            row = replace(row, command=now.command, student=now.student)
+        elif row.name in before:
+            row = replace(row, command=before[row.name].command, student=before[row.name].student)
+        elif row.format == "eager":
+            row = replace(row, command=now.first)
+        told.append(replace(row, student=now.student) if row.name == "student" else row)
+    return told
+
+
+def stale(rows: Sequence[Row]) -> list[str]:
+    """The files that were made from another student than the present one."""
+    present = next((row.student for row in rows if row.name == "student"), None)
+    files = (row for row in rows if row.format != "eager")
+    return [row.name for row in files if None not in (present, row.student) and row.student != present]
+
+
+def unmeasured(rows: Sequence[Row], folder: Path) -> list[str]:
+    """The exported files in the folder that no row is of: made by a command that did not report."""
+    names = {row.name for row in rows}
+    files = (path.name for path in folder.glob("student*") if path.suffix in SUFFIXES and path.is_file())
+    return sorted(name for name in files if name not in names)
 
 
 def _is_still(name: str, folder: Path, size: float | None) -> bool:
@@ -83,43 +129,92 @@ def _is_still(name: str, folder: Path, size: float | None) -> bool:
 
 # columns of the terminal's table, those first that go first where there is no room for all
 DROPPED = (
-    *("p95\nms", "comp.\n%", "params\nM", "max\n|Δlogit|", "teacher\nagr. %", "ECE", "MACs\nM", "int8\n%", "Δ"),
-    *("student\nagr. %", "macro\n%"),
+    *("p95\nms", "int8\nmath %", "params\nM", "largest\nΔlogit", "as\nteacher %", "ECE", "MACs\nM"),
+    *("int8\n%", "macro\n%", "as\nstudent %", "gain\npoints", "time\nms", "size\nkB"),
 )
+SAID = {  # below the table, of a column that is in it
+    "top-1\n%": "±: one standard error",
+    "gain\npoints": "gain: in top-1, over the {reference}",
+    "macro\n%": "macro: mean of the classes' own top-1",
+    "as\nstudent %": "as student, as teacher: images that are answered alike",
+    "ECE": "ECE: expected calibration error",
+    "int8\n%": "int8: share of the weights stored in it",
+    "int8\nmath %": "int8 math: share computed in it",
+}
 
 
 def table(rows: list[Row], width: int | None = None) -> str:
-    """The rows as plain text, with or without a terminal; long names are folded.
+    """The rows as plain text, with or without a terminal; long names are folded, and what the columns are is said.
 
     Args:
         width: columns of text at most; less important columns of the table are left out where it takes more. None:
             the terminal's, at most 120.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
+    width = width or min(120, screen_width(120))
+    columns = fitted(list(zip(*cells(ordered(rows), short=True), strict=True)), width, DROPPED)
+    reference = reference_of(rows)
+    said = "; ".join(SAID[head].format(reference=reference and reference.name) for head, *_ in columns if head in SAID)
+    legend = textwrap.wrap(plain(said), width - 1, initial_indent=" ", subsequent_indent=" ")
+    return "\n".join([drawn(columns, width), *legend])
 
-    width = width or min(120, shutil.get_terminal_size((120, 24)).columns)
-    columns = list(zip(*cells(ordered(rows), short=True), strict=True))
-    name = min(20, max(12, width // 4), max(map(len, columns[0])))
 
-    def grid() -> Table:
-        made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-        made.add_column(columns[0][0], overflow="fold", width=name)
-        for header, *_ in columns[1:]:
-            made.add_column(header, justify="right", no_wrap=True)
-        for cells in list(zip(*columns, strict=True))[1:]:
-            made.add_row(*cells)
-        return made
+def fitted(columns: list[tuple[str, ...]], width: int, dropped: Sequence[str]) -> list[tuple[str, ...]]:
+    """The columns, header first, without those `dropped` for which there is no room, the first of these first. The
+    first column may be folded."""
+    for header in ("", *dropped):
+        columns = [column for column in columns if column[0] != header]
+        if sum(_breadths(columns, width)) + len(columns) <= width:
+            break
+    return columns
 
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    unbounded = console.options.update(max_width=10_000)
-    for header in DROPPED:
-        if Measurement.get(console, unbounded, grid()).maximum > width:
-            columns = [column for column in columns if column[0] != header]
-    console.print(grid())
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
+
+def drawn(columns: list[tuple[str, ...]], width: int) -> str:
+    """Columns of texts, header first, as lines: the first at the left, its texts folded; the others at the right."""
+    breadths = _breadths(columns, width)
+    lines = []
+    for number, cells in enumerate(zip(*columns, strict=True)):
+        folded = [_folded(plain(text), breadth) for text, breadth in zip(cells, breadths, strict=True)]
+        height = max(map(len, folded))
+        gaps = [[""] * (height - len(texts)) for texts in folded]  # above headers, below names and numbers
+        parts = [gap + texts if number == 0 else texts + gap for texts, gap in zip(folded, gaps, strict=True)]
+        for first, *others in zip(*parts, strict=True):
+            numbers = [_pad(text, breadth, right=True) for text, breadth in zip(others, breadths[1:], strict=True)]
+            lines.append(" ".join(["", _pad(first, breadths[0]), *numbers]))
+        if number == 0:
+            lines.append(" " + plain("─") * (sum(breadths) + len(breadths) - 1))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _breadths(columns: list[tuple[str, ...]], width: int) -> list[int]:
+    """Of each column, in terminal cells; the first one's is bounded, so that figures have room."""
+    from rich.cells import cell_len
+
+    breadths = [max(cell_len(line) for text in column for line in plain(text).split("\n")) for column in columns]
+    return [min(breadths[0], max(10 if width >= 40 else 8, min(width // 2 - 16, 40))), *breadths[1:]]
+
+
+def _folded(text: str, breadth: int) -> list[str]:
+    """Lines of at most so many cells, ended at signs that part words where there are any."""
+    from rich.cells import cell_len, chop_cells
+
+    lines = []
+    for whole in text.split("\n"):
+        line = ""
+        for piece in re.split(r"(?<=[-_ ])|(?=\.)", whole):
+            if line and cell_len(line + piece.rstrip()) > breadth:
+                lines.append(line.rstrip())
+                line = ""
+            *full, line = chop_cells(line + piece, breadth) or [""]
+            lines += full
+        lines.append(line.rstrip())
+    return lines
+
+
+def _pad(text: str, breadth: int, right: bool = False) -> str:
+    from rich.cells import cell_len
+
+    space = " " * (breadth - cell_len(text))
+    return space + text if right else text + space
 
 
 def ordered(rows: list[Row]) -> list[Row]:
@@ -127,6 +222,12 @@ def ordered(rows: list[Row]) -> list[Row]:
         return (ORDER.index(row.name), "") if row.name in ORDER else (len(ORDER), row.name)
 
     return sorted(rows, key=key)
+
+
+def reference_of(rows: Sequence[Row]) -> Row | None:
+    """What gains are over: the student alone, where there is one, else the student."""
+    found = {row.name: row for row in rows if row.top1 is not None}
+    return found.get("student alone", found.get("student"))
 
 
 def cells(rows: list[Row], short: bool) -> list[list[str]]:
@@ -139,36 +240,37 @@ def cells(rows: list[Row], short: bool) -> list[list[str]]:
         error = "" if row.top1_error is None else f" ±{100 * row.top1_error:.{1 if short else 2}f}"
         return show(row.top1, ".2f", 100) + error
 
-    student = next((row.top1 for row in rows if row.name == "student"), None)
+    reference = reference_of(rows)
+    reference = reference and reference.top1
     uneven = any(None not in (row.macro, row.top1) and abs(row.macro - row.top1) > 1e-6 for row in rows)
     headers = {
         "model": "model",
         "top-1 %": "top-1\n%",
         **({"macro %": "macro\n%"} if uneven else {}),
-        "change": "Δ",
-        "agreement with teacher %": "teacher\nagr. %",
+        "gain": "gain\npoints",
+        "agreement with teacher %": "as\nteacher %",
         "ECE": "ECE",
-        "max |Δlogit|": "max\n|Δlogit|",
-        "agreement with student %": "student\nagr. %",
+        "max |Δlogit|": "largest\nΔlogit",
+        "agreement with student %": "as\nstudent %",
         "parameters": "params\nM",
         "MACs": "MACs\nM",
-        "bytes": "kB",
-        "latency ms": "ms",
+        "bytes": "size\nkB",
+        "latency ms": "time\nms",
         "p95 ms": "p95\nms",
         "int8 %": "int8\n%",
-        "computed in int8 %": "comp.\n%",
+        "computed in int8 %": "int8\nmath %",
     }
     if not short:
         headers |= {"× eager": "", "× float": ""}
     lines = [list(headers.values() if short else headers)]
     for row in rows:
-        change = None if None in (row.top1, student) else row.top1 - student
+        gain = None if None in (row.top1, reference) else row.top1 - reference
         lines.append(
             [
                 row.name,
                 top1(row),
                 *([show(row.macro, ".2f", 100)] if uneven else []),
-                show(change, "+.2f", 100),
+                show(gain, "+.2f", 100),
                 show(row.teacher_agreement, ".2f", 100),
                 show(row.ece, ".4f"),
                 show(row.student_delta, ".2g"),

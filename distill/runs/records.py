@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.asked import program
 from distill.errors import DamagedError
 from distill.files import MOST, damaged, read_json, read_yaml
 from distill.runs import trust
@@ -87,6 +89,11 @@ def ways_on(folder: Path) -> Iterator[None]:
             f"{error}: bring it back from a copy{changed}; or start a new run (another name=), whose student may begin "
             f"with this one's weights (student.checkpoint={folder / 'student.safetensors'})"
         ) from None
+
+
+def command_line(words: Iterable[str]) -> str:
+    """What was typed: `words` as a shell takes them."""
+    return " ".join([program(), *map(shlex.quote, words)])
 
 
 def _added(recorded: list[str], words: list[str]) -> list[str]:

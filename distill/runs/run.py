@@ -4,11 +4,10 @@ import contextlib
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,33 +15,42 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distill import locks
-from distill.asked import program
-from distill.data.base import Data
+from distill.data.base import Data, Split
 from distill.data.fingerprint import difference, fingerprint
 from distill.data.prepare import preparation
 from distill.errors import DamagedError, Pruned, UsageError, UserError
 from distill.files import atomic, read_json, sealed, write_json, write_yaml
 from distill.networks.network import Network
 from distill.networks.weights import read_state, save_weights
-from distill.progress import leads, say
+from distill.progress import leads, printable, say
 from distill.runs import trust
 from distill.runs.changes import IMAGES, refuse_changes
-from distill.runs.records import CWD, STARTING_POINT, continued, read_config, read_record, unforced, ways_on
+from distill.runs.records import (
+    CWD,
+    STARTING_POINT,
+    command_line,
+    continued,
+    read_config,
+    read_record,
+    unforced,
+    ways_on,
+)
 from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
 from distill.signals import Ended
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
 MADE = (STUDENT, STUDENT_LAST, "checkpoints", "metrics", "compress", "export", "report.json")  # by a run's stages
 RECORDS = ("run.json", "config.yaml", IMAGES)
+SOURCES = ("root", "train", "val", "test")  # options of a data set that say where its images lie
 ONCE = ("trust", "force", "restart")  # are for one command
 PATIENCE = 10  # seconds: a killed run's loader processes notice within five, and hold its lock until then
 
 
 class Run:
-    """`folder` and the configuration `cfg` that is in force in it."""
+    """`folder` and the configuration `cfg` that is in force in it; `words` are those of the present command."""
 
-    def __init__(self, folder: Path, cfg: DictConfig, record: dict):
-        self.folder, self.cfg, self.record = folder, cfg, record
+    def __init__(self, folder: Path, cfg: DictConfig, record: dict, words: Sequence[str] = ()):
+        self.folder, self.cfg, self.record, self.words = folder, cfg, record, words
 
     def does(self, *stages: str) -> bool:
         """Whether any of the stages is asked for."""
@@ -135,15 +143,29 @@ class Run:
             **self.record["choices"],
         }
 
-    def context(self, data: Data) -> dict:
-        """What the report says of the run: the commands one after the other make the same."""
-        saved = read_description(self.folder / STUDENT)
-        chosen = f"{saved['selected']} epoch, {saved['epoch']}" if saved["epoch"] else "none: its weights were given"
+    def commands(self) -> list[str]:
+        """The command lines of this run: one after the other make the same."""
         commands = self.record.get("commands", [self.record["overrides"]])
         if len(commands) > 1 and not any(word.startswith("name=") for word in commands[0]):  # the others name it
             commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]
-        lines = (" ".join([program(), *map(shlex.quote, words)]) for words in commands)
-        context = {"command": " && ".join(lines), "student's epoch": chosen, "test images": len(data.test)}
+        return [command_line(words) for words in commands]
+
+    def command(self) -> str:
+        """The present command line; of one that only goes on, that with which it goes on."""
+        return self.commands()[-1] if _goes_on(self.words) else command_line(self.words)
+
+    def context(self, data: Data) -> dict:
+        """What the report says of the run."""
+        saved = read_description(self.folder / STUDENT)
+        chosen = f"{saved['selected']} epoch, {saved['epoch']}" if saved["epoch"] else "none: its weights were given"
+        roots = [self.cfg.data[key] for key in SOURCES if self.cfg.data.get(key)]
+        context = {
+            "command": " && ".join(self.commands()),
+            "student's epoch": chosen,
+            **({"data root": ", ".join(map(printable, map(str, roots)))} if roots else {}),
+            **{f"{split} images": len(part) for split, part in _splits(data).items()},
+            "classes": data.num_classes,
+        }
         forced = {"went on although": "; ".join(self.record["forced"])} if self.record.get("forced") else {}
         return {**self.origin(), **context, **forced}
 
@@ -166,6 +188,14 @@ class Run:
                 if len(record.encode()) <= path.stat().st_size:
                     with open(path, "r+b") as file:
                         file.write(record.encode().ljust(path.stat().st_size))
+
+
+def _goes_on(words: Sequence[str]) -> bool:
+    return bool(words) and all(word.startswith("run=") for word in words)
+
+
+def _splits(data: Data) -> dict[str, Split]:
+    return {"training": data.train, "validation": data.val, "test": data.test}
 
 
 @contextlib.contextmanager
@@ -253,7 +283,7 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
             cfg, words = continued(folder, words, once["trust"], changed)
         record = read_record(folder, changed)
         commands = record.get("commands", [record["overrides"]])
-        again = command in commands or all(word.startswith("run=") for word in command)  # it only goes on
+        again = command in commands or _goes_on(command)
         if begun:
             if not once["trust"]:
                 trust.check_words(record["overrides"], folder / "run.json")
@@ -268,7 +298,7 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
         cfg.update(once)
     if leads():
         write_yaml(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    return Run(folder, cfg, record)
+    return Run(folder, cfg, record, command)
 
 
 def _versions() -> dict[str, str]:

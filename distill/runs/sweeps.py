@@ -7,13 +7,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.files import MOST, atomic, damaged, read_json
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 ROOT = "outputs/sweeps"
 FILE = "sweep.json"  # what all jobs of a sweep have in common
@@ -94,24 +93,3 @@ def is_done(job: Path, words: Sequence[str]) -> bool:
         record = read_json(job / "run.json", MOST) if (job / "run.json").is_file() else {}
         return record.get("status") == "done" and record.get("overrides") == list(words)
     return False
-
-
-def over_seeds(table: pd.DataFrame) -> list[str]:
-    """A line for all runs of `distill.runs.summary` that differ in the seed alone: means, deviations, verdict."""
-    from distill.runs import verdict  # scipy and torch: Hydra imports this file before any work
-
-    lines = []
-    if "gain" not in table:
-        return lines
-    for options, runs in table[table["status"] == "done"].dropna(subset=["gain"]).groupby("options", sort=False):
-        runs = runs.drop_duplicates("seed").sort_values("seed")
-        if len(runs) < 2:
-            continue
-        found = verdict.over_seeds(runs["gain"].tolist(), int(runs["test images"].iloc[0]))
-        scores = ", ".join(
-            f"{name} {100 * runs[f'{name} top-1'].mean():.2f} ± {100 * runs[f'{name} top-1'].std():.2f} %"
-            for name in ("student alone", "student")
-        )
-        seeds = ", ".join(map(str, runs["seed"]))
-        lines.append(f"{options or 'default'}, seeds {seeds} (mean ± standard deviation): {scores}; {found}")
-    return lines

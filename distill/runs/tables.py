@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 100 * MOST  # bytes of a file of metrics
-TEXTS = ("name", "format", "measured")  # of a report's row
+TEXTS = ("name", "format", "measured", "command", "student")  # of a report's row
 
 
 def folders(root: str | Path = "outputs") -> list[Path]:
@@ -50,29 +50,30 @@ def summary(*roots: str | Path) -> pd.DataFrame:
     name, accuracy, bytes and latency in ms."""
     import pandas as pd
 
-    rows = []
-    for folder in (folder for root in roots for folder in folders(root)):
-        row = _identity(folder)
-        row |= {key: value for key, value in swept(folder).items() if key not in row}
-        row["status"], row["error"] = (_record(folder).get(key) for key in ("status", "error"))
-        if (folder / "report.json").is_file():
-            report = read_report(folder)
-            by_name = {model["name"]: model for model in report["rows"]}
-            for name in ("teacher", "student alone", "student"):
-                row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
-            row["test images"] = report["context"].get("test images")
-            if None not in (row["student alone top-1"], row["student top-1"]):
-                row["gain"] = row["student top-1"] - row["student alone top-1"]
-            if smallest := smallest_file(folder):
-                row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
-                row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([summarised(folder) for root in roots for folder in folders(root)])
 
 
-def smallest_file(folder: Path) -> dict | None:
-    """The row of a report's smallest file among those that were measured."""
-    rows = read_report(folder)["rows"] if (folder / "report.json").is_file() else []
+def summarised(folder: Path) -> dict:
+    """A run's row of `summary`."""
+    row = _identity(folder)
+    row |= {key: value for key, value in swept(folder).items() if key not in row}
+    row["status"], row["error"] = (_record(folder).get(key) for key in ("status", "error"))
+    if (folder / "report.json").is_file():
+        report = read_report(folder)
+        by_name = {model["name"]: model for model in report["rows"]}
+        for name in ("teacher", "student alone", "student"):
+            row[f"{name} top-1"] = by_name.get(name, {}).get("top1")
+        row["test images"] = report["context"].get("test images")
+        if None not in (row["student alone top-1"], row["student top-1"]):
+            row["gain"] = row["student top-1"] - row["student alone top-1"]
+        if smallest := smallest_file(report["rows"]):
+            row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
+            row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
+    return row
+
+
+def smallest_file(rows: list[dict]) -> dict | None:
+    """Of a report's rows, the one of the smallest measured file."""
     files = [row for row in rows if "." in row["name"] and None not in map(row.get, ("top1", "bytes"))]
     return min(files, key=lambda row: row["bytes"], default=None)
 

@@ -81,12 +81,13 @@ def figures(run: Path) -> dict[str, float]:
     """What a finished run is worth, by DIRECTIONS: its student's validation accuracy in [0, 1], and of its smallest
     exported file bytes and latency. What it lacks is left out."""
     from distill.runs.student import STUDENT, read_description
-    from distill.runs.tables import smallest_file
+    from distill.runs.tables import read_report, smallest_file
 
     found = {}
     if (run / STUDENT).is_file():
         found["accuracy"] = float(read_description(run / STUDENT)["val_accuracy"])
-    if file := smallest_file(run):
+    rows = read_report(run)["rows"] if (run / "report.json").is_file() else []
+    if file := smallest_file(rows):
         found |= {key: file[key] for key in ("bytes", "latency_ms") if file.get(key) is not None}
     return found
 

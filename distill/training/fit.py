@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
 from distill import signals
@@ -79,8 +79,6 @@ def _fit(
     checkpoints = folder / "checkpoints"
     checkpointed = Checkpoints(checkpoints, recipe.checkpoint_every)
     callbacks = [setbacks, checkpointed, Lines(recipe.epochs), *callbacks]
-    if Lines.on_a_terminal():
-        callbacks.append(TQDMProgressBar(leave=False))
     if recipe.early_stopping is not None:
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=recipe.early_stopping, check_finite=False))
     trainer = make_trainer(recipe, network, callbacks, [*loggers])

@@ -8,7 +8,6 @@ from hydra.utils import instantiate
 from pytorch_lightning import Trainer
 
 from distill.networks.network import Network
-from distill.training.lines import Lines
 from distill.training.precision import precision
 from distill.training.recipe import Recipe
 from distill.training.resume import AtomicCheckpoints
@@ -35,7 +34,7 @@ def trainer(recipe: Recipe, network: Network, callbacks: list, loggers: list) ->
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        enable_progress_bar=Lines.on_a_terminal(),
+        enable_progress_bar=False,  # there is one in Lines
     )
 
 

@@ -15,9 +15,9 @@ from distill.cli.command import _flags_first
 from distill.cli.sweep import abandoned, placed
 from distill.errors import UsageError
 from distill.files import CONF, read_json
-from distill.report.sweep import text_of
+from distill.report.jobs import over_seeds, text_of
 from distill.runs import tables
-from distill.runs.sweeps import FILE, ROOT, job_name, over_seeds
+from distill.runs.sweeps import FILE, ROOT, job_name
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_only_runs_that_differ_in_the_seed_alone_are_pooled():
 
 
 def test_nothing_of_it_imports_torch():
-    code = "import sys, distill.report.sweep, distill.cli.sweep; sys.exit(bool({'torch', 'pandas'} & {*sys.modules}))"
+    code = "import sys, distill.report.sweeps, distill.cli.sweep; sys.exit(bool({'torch', 'pandas'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

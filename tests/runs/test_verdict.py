@@ -12,8 +12,8 @@ from torch import nn
 from distill.networks.resnet_cifar import resnet
 from distill.report import diagnosis
 from distill.report.diagnosis import Figures
+from distill.report.jobs import over_seeds
 from distill.runs import verdict
-from distill.runs.sweeps import over_seeds
 from distill.teachers.frozen import Frozen
 
 

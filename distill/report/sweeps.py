@@ -1,0 +1,51 @@
+"""The end of a sweep: a table on the terminal, sweep.csv, sweep.md and sweep.html, failed jobs apart."""
+
+import sys
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+
+from distill import asked
+from distill.errors import UserError
+from distill.progress import say, screen_width
+from distill.runs import sweeps
+
+
+class SweepTable(Callback):
+    """Hydra's callback at the end of `-m`: what the jobs found, and exit code 1 if one of them failed."""
+
+    def on_multirun_end(self, config, **kwargs) -> None:
+        try:
+            whole = finish(Path(config.hydra.sweep.dir))
+        except (UserError, OSError) as error:  # Hydra would only warn of it
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        if not whole:
+            sys.exit(1)
+
+
+def finish(root: Path) -> bool:
+    """Print and write what the jobs of the sweep in `root` found; whether all are done."""
+    from distill.report import jobs, sweep_page  # pandas, scipy, torch: Hydra imports this file before any work
+    from distill.runs import trials
+
+    table, damaged = jobs.read(root)
+    failed = sweeps.unstarted(root)
+    if table.empty and not failed:
+        say(f"no run in {root}: nothing to compare")
+        return False
+    ended = table["status"].isin(["done", "pruned"]) if len(table) else []
+    for _, row in table[~ended].iterrows() if len(table) else ():
+        failed[row["run"]] = row.get("error") or f"it is {row['status']}"
+    done = table[table["status"] == "done"] if len(table) else table
+    said = [*damaged, *jobs.over_seeds(done), *trials.told(root)]
+    lines = [f"{len(done)} of {len(table) + len(sweeps.unstarted(root))} jobs are done, in {root}"]
+    lines += jobs.text_of(jobs.grid(done), screen_width(160)) if len(done) else []
+    lines += [*said, *(f"failed: {name}: {error}" for name, error in failed.items())]
+    lines += (
+        [f"{asked.again(*sweeps.again(root))} tries them again"] if failed and (root / sweeps.FILE).exists() else []
+    )
+    say("\n" + "\n".join(lines))
+    jobs.write(root, done, [*said, *(f"failed: {name}: {error}" for name, error in failed.items())])
+    if len(table):
+        say(f"{sweep_page.rebuild(root)}, sweep.md and sweep.csv have all of them")
+    return not failed
