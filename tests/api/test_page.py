@@ -32,28 +32,8 @@ def photos(tmp_path_factory):
     return folder
 
 
-class Here:
-    """A file's answers from this process: what its own would cost is tested elsewhere."""
-
-    def __init__(self, artifact):
-        self.answer = artifact.run
-
-    def __call__(self, images):
-        return self.answer(images)
-
-    def time(self, images) -> float:
-        self.answer(images)
-        return 1.0
-
-
-@contextlib.contextmanager
-def served_here(artifacts, classes):
-    yield {name: Here(artifact) for name, artifact in artifacts.items()}
-
-
-def test_every_block_runs(photos, monkeypatch):
+def test_every_block_runs(photos, served_here, monkeypatch):
     monkeypatch.chdir(photos)
-    monkeypatch.setattr("distill.report.evaluate.serve", served_here)
     space, out = {}, io.StringIO()
     with contextlib.redirect_stdout(out):
         for number, block in enumerate(BLOCKS):
