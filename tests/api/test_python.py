@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -124,12 +124,14 @@ def test_an_interrupt_saves_and_is_a_keyboard_interrupt(tmp_path, monkeypatch, c
     assert "continuing after" in capsys.readouterr().out and run.student.image_size == 16
 
 
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1))
 def test_any_text_is_a_value(text):
     override = OverridesParser.create().parse_override(f"key={words.quoted(text)}")
     assert OmegaConf.create({"key": override.value()}).key == text and not override.is_sweep_override()
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("ab ,:'[]{}="),

@@ -43,9 +43,9 @@ def photos(folder, height: int, width: int) -> None:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        ((600, 450), {"image_size": 64}),  # a JPEG is decoded at a part of it
-        ((600, 450), {"image_size": [48, 96]}),
-        ((300, 200), {"image_size": 64, "pack": 80}),
+        ((300, 225), {"image_size": 32}),  # a JPEG is decoded at a part of it
+        ((300, 225), {"image_size": [24, 48]}),
+        ((300, 200), {"image_size": 32, "pack": 40}),
         ((40, 50), {"image_size": 32}),
         ((32, 32), {}),
     ],
