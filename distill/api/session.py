@@ -120,6 +120,7 @@ def _composed(said: list[str], own: list[str]) -> Iterator[DictConfig]:
             finally:
                 with contextlib.suppress(OSError):  # a folder in which nothing was begun
                     folder.rmdir()
+                    folder.parent.rmdir()
 
 
 @contextlib.contextmanager

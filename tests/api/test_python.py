@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import distill
 from distill import signals
-from distill.cli import words
+from distill.cli import config, words
 from distill.files import read_json
 from distill.training.lines import Lines
 
@@ -96,6 +96,15 @@ def test_what_is_wrong_is_an_exception_with_the_same_line(tmp_path, monkeypatch,
     assert told in str(raised.value) and "\n" not in str(raised.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not HydraConfig.initialized() and not GlobalHydra.instance().is_initialized()
+
+
+def test_two_runs_that_begin_in_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distill.asked.words", list)
+    config.register()
+    assert config.run_dir(None, "outputs/x") == config.run_dir(None, "outputs/x") == "outputs/x"  # Hydra asks twice
+    config.register()
+    assert config.run_dir(None, "outputs/x") == "outputs/x-2"
 
 
 def test_a_missing_folder_of_photos_is_named(tmp_path, monkeypatch):
