@@ -1,5 +1,6 @@
 """Shared by the tests: one CPU thread for each of pytest's processes, and `train`, which runs the command line here."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -57,3 +58,28 @@ QUICK = [
     "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
 ]
+
+
+class Here:
+    """A file's answers from this process: what its own would cost is tested elsewhere."""
+
+    def __init__(self, artifact):
+        self.answer = artifact.run
+
+    def __call__(self, images):
+        return self.answer(images)
+
+    def time(self, images) -> float:
+        self.answer(images)
+        return 1.0
+
+
+@pytest.fixture
+def served_here(monkeypatch):
+    """Exported files answer in this process, not each in one of its own."""
+
+    @contextlib.contextmanager
+    def serve(artifacts, classes):
+        yield {name: Here(artifact) for name, artifact in artifacts.items()}
+
+    monkeypatch.setattr("distill.report.evaluate.serve", serve)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import os
 import random
 import signal
 import sys
@@ -17,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.basecontainer import BaseContainer
 
@@ -26,6 +28,8 @@ from distill.errors import UsageError
 from distill.files import CONF
 from distill.runs.records import forced
 
+CHILD = (signal.SIGCHLD,)  # torch's loaders listen to their processes
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # Lightning sets it for deterministic=true
 ONE_EACH = "a sweep is a loop in Python, or the command line's: distill -m …, distill seeds=0,1,2 …"
 
 
@@ -116,6 +120,7 @@ def _composed(said: list[str], own: list[str]) -> Iterator[DictConfig]:
             finally:
                 with contextlib.suppress(OSError):  # a folder in which nothing was begun
                     folder.rmdir()
+                    folder.parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -125,7 +130,7 @@ def _own_hydra() -> Iterator[None]:
     instances, resolvers, store = Singleton._instances, BaseContainer._resolvers, ConfigStore.instance()
     ours = ConfigStore.__new__(ConfigStore)
     ours.repo = copy.deepcopy(store.repo)
-    own = {kind: each for kind, each in instances.items() if kind not in (GlobalHydra, HydraConfig)}
+    own = {kind: each for kind, each in instances.items() if kind not in (GlobalHydra, HydraConfig, VersionBase)}
     Singleton._instances = {**own, ConfigStore: ours}
     BaseContainer._resolvers = dict(resolvers)
     try:
@@ -140,11 +145,14 @@ def as_it_was() -> Iterator[None]:
     determinism, signal handlers, hooks for errors, warnings' filters, loggers' levels."""
     with command.importing():
         import numpy as np
-        import pytorch_lightning  # noqa: F401 - whose loggers are there from its import on
         import torch
 
+        from distill.training.lightning import LOGGERS
+
     main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (*signals.SAID, *_CHILD)} if main else {}
+    handlers = {number: signal.getsignal(number) for number in (*signals.SAID, *CHILD)} if main else {}
+    for name in LOGGERS:
+        logging.getLogger(name)  # there from now on
     hooks = sys.excepthook, threading.excepthook
     loggers = {name: each for name, each in logging.root.manager.loggerDict.items() if hasattr(each, "level")}
     levels = {name: (each.level, each.propagate, each.handlers[:]) for name, each in loggers.items()}
@@ -157,7 +165,7 @@ def as_it_was() -> Iterator[None]:
         (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         torch.backends.quantized.engine,
     )
-    grad = torch.is_grad_enabled()
+    grad, cublas = torch.is_grad_enabled(), os.environ.get(CUBLAS)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # as distill.data.files has it for a process of its own
@@ -185,6 +193,6 @@ def as_it_was() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         torch.backends.quantized.engine = engine
         torch.set_grad_enabled(grad)
-
-
-_CHILD = (signal.SIGCHLD,)  # torch's loaders listen to their processes
+        os.environ.pop(CUBLAS, None)
+        if cublas is not None:
+            os.environ[CUBLAS] = cublas

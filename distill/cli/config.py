@@ -26,6 +26,7 @@ LEAST = 0.1  # of a weight of 1: the labels' part
 
 def register(argv: list[str] | None = None) -> None:
     """Offer every conf/network/NAME.yaml, the user's own included, as `teacher=NAME` and `student=NAME`."""
+    _unused.cache_clear()  # another run of this process is another folder's
     OmegaConf.register_new_resolver("program", asked.program, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("by_start", by_start, replace=True)
@@ -87,7 +88,7 @@ def run_dir(run: str | None, new: str) -> str:
 
 @cache
 def _unused(folder: str) -> str:
-    """`folder`, made; where it is there already the first of folder-2, folder-3 … that isn't. Once a process."""
+    """`folder`, made; where it is there already the first of folder-2, folder-3 … that isn't. Once a run."""
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         made = folder if number == 1 else f"{folder}-{number}"

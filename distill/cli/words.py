@@ -27,7 +27,9 @@ def spelled(words: Sequence[str]) -> list[str]:
 
 def _is_folder(value: str) -> bool:
     """Whether the value of data= is a folder's path and no choice of the group."""
-    if not value or any(Path(folder, "data", f"{value}.yaml").is_file() for folder in (CONF, *config_dirs())):
+    places = [Path(folder, "data") for folder in (CONF, *config_dirs())]
+    choices = {file.relative_to(place).with_suffix("").as_posix() for place in places for file in place.rglob("*.yaml")}
+    if not value or value in choices:
         return False
     return os.sep in value or value.startswith(("~", ".")) or os.path.isdir(value)
 

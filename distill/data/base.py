@@ -125,9 +125,7 @@ class Data:
             )
         for split in ("train", "val", "test"):
             labels = getattr(self, split).labels
-            if not len(labels):
-                raise UserError(f"the set has no {split} images")
-            if not 0 <= labels.min() <= labels.max() < len(self.classes):
+            if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
                 raise UsageError(
                     f"labels of {split} run from {labels.min()} to {labels.max()}, and there are {len(self.classes)} "
                     "classes: expected 0 to one less than that"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
+from torch import nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
@@ -18,6 +19,7 @@ from distill.errors import UsageError, UserError
 from distill.networks.network import Network
 from distill.networks.taps import heads, infer_taps, out_of_place
 from distill.networks.weights import load_weights
+from distill.own import place_of, prefixed
 from distill.progress import say
 from distill.types import ImageSize, plain_values, sides
 
@@ -41,7 +43,11 @@ def build_network(cfg: DictConfig, classes: int, image_size: ImageSize, seed: in
         if key in accepted:
             arguments[key] = value
     torch.manual_seed(seed)
-    net = out_of_place(instantiate(arguments, _convert_="all"))
+    net = instantiate(arguments, _convert_="all")
+    if not isinstance(net, nn.Module):
+        line = f"{cfg._target_} returns {net!r:.60}: expected a torch.nn.Module"
+        raise UsageError(prefixed(place_of(get_object(cfg._target_)), line))
+    net = out_of_place(net)
     channels = len(described["mean"])
     if cfg.checkpoint:
         left = load_weights(net, cfg.checkpoint, fresh_head, heads(net, image_size, channels), sides(image_size))

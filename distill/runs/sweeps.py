@@ -11,9 +11,6 @@ from pathlib import Path
 from distill.errors import UserError
 from distill.files import MOST, atomic, damaged, read_json
 
-if TYPE_CHECKING:
-    pass
-
 ROOT = "outputs/sweeps"
 FILE = "sweep.json"  # what all jobs of a sweep have in common
 ERROR = "error.txt"  # in the folder of a job that ended before it was a run

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.own import place_of
 from distill.runtimes.artifact import Artifact
 
 ROOT = str(Path(__file__).parents[2])  # where `import distill` finds the package
@@ -33,6 +34,15 @@ LIMIT = 300  # seconds for an answer, and one more for each image: loading takes
 SOON = 10  # seconds for a process that sent half an answer to end
 LONGEST = 65536  # bytes of an answer's first line
 MOST = 10_000_000  # classes
+
+
+def _found_in(load: Callable) -> list[str]:
+    """The folder from which the user's own module of a `load` was imported here, whatever put it on Python's path."""
+    module = sys.modules.get(load.__module__)
+    if place_of(load) is None or module is None or not module.__file__:
+        return []
+    inside = load.__module__.count(".") + Path(module.__file__).stem.count("__init__")
+    return [str(Path(module.__file__).resolve().parents[inside])]
 
 
 class Served:
@@ -50,7 +60,7 @@ class Served:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115  what the runtime prints, closed by close()
         loader = f"{artifact.load.__module__}.{artifact.load.__qualname__}"
         given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        search = os.pathsep.join([ROOT, *map(os.path.abspath, given)])
+        search = os.pathsep.join([ROOT, *map(os.path.abspath, given), *_found_in(artifact.load)])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "distill.runtimes.serve", loader, str(artifact.path.resolve())],
             stdin=subprocess.PIPE,

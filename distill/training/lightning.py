@@ -12,6 +12,8 @@ from distill.training.precision import precision
 from distill.training.recipe import Recipe
 from distill.training.resume import AtomicCheckpoints
 
+LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning")
+
 
 def optimizer(recipe: Recipe, precision: str) -> Callable:
     """Parameters to optimizer. A fused one steps before Lightning can clip what mixed precision has scaled."""
@@ -40,7 +42,7 @@ def trainer(recipe: Recipe, network: Network, callbacks: list, loggers: list) ->
 
 def quiet() -> None:
     """Lightning's remarks about hardware, workers and tips are not for our users."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in (
         ".*does not have many workers.*",

@@ -177,13 +177,6 @@ def own(folder, monkeypatch, kind: str, source: str, module: str) -> list[str]:
     return [word.replace("MODULE", module) for word in [*words, *others, "baseline=false"]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_mistakes_are_made_in_works(train, tmp_path, monkeypatch, kind):
-    module = f"fine_{kind}"
-    words = own(tmp_path, monkeypatch, kind, KINDS[kind][0], module)
-    assert train(*words, "stages=[check]", cwd=tmp_path) == 0
-
-
 @pytest.mark.parametrize(("kind", "there", "instead", "said"), MISTAKES)
 def test_a_mistake_in_ones_own_file_is_told_with_its_line(
     train, tmp_path, monkeypatch, capfd, kind, there, instead, said

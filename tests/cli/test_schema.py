@@ -133,7 +133,7 @@ WRONG = [
     ("student=timm student.name=resnet18 student.pretrained=3", "true or false"),
     ("+student.dept=14", "did you mean depth?"),
     ("student=custom student._target_=distill.networks.resnet_cifar.resnett", "did you mean resnet?"),
-    ("student=custom student._target_=nowhere_at_all.net", "no package 'nowhere_at_all'"),
+    ("student=custom student._target_=nowhere_at_all.net", "no module 'nowhere_at_all'"),
     (
         "student=custom student._target_=distill.networks.resnet_cifar.resnet",
         "student.depth must be given: student.depth=VALUE",
