@@ -331,6 +331,9 @@ def _made(rows: Sequence[Row], context: Mapping) -> str:
         (", ".join(row.name for row in rows if row.command == command), Html(f"<code>{text(command)}</code>"))
         for command in commands
     ]
+    unknown = ", ".join(row.name for row in rows if not row.command)
+    if pairs and unknown:
+        pairs.append((unknown, "a command of an earlier version, which was not recorded"))
     again = f"<p>All of it again:</p><pre>{text(context['command'])}</pre>" if context.get("command") else ""
     return (parts.values(pairs) if pairs else "") + again
 

@@ -99,10 +99,10 @@ def _attributed(rows: list[Row], before: Mapping[str, Row], now: Now) -> list[Ro
     for row in rows:
         if row.name in now.made:
             row = replace(row, command=now.command, student=now.student)
-        elif row.name in before:
-            row = replace(row, command=before[row.name].command, student=before[row.name].student)
-        elif row.format == "eager":
-            row = replace(row, command=now.first)
+        else:
+            known = before.get(row.name, row)
+            first = now.first if row.format == "eager" else None
+            row = replace(row, command=known.command or first, student=known.student)
         told.append(replace(row, student=now.student) if row.name == "student" else row)
     return told
 
