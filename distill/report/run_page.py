@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.files import read_json
+from distill.files import damaged, read_json
 from distill.report import parts, svg
 from distill.report.marks import colour, mark
 from distill.report.parity import remarks
@@ -57,7 +57,10 @@ def read(folder: Path) -> str:
         metrics = tables.curves(folder)
     except UserError:  # of a student that was given, or they are damaged: the rest can be shown
         metrics = None
-    return page(content, details, metrics)
+    try:
+        return page(content, details, metrics)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise damaged(folder / "report.json", "what it says besides its rows makes no sense") from None
 
 
 def rebuild(folder: Path) -> Path:
