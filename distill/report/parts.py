@@ -40,7 +40,7 @@ th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] bu
 .card{border:1px solid #ddd;border-radius:4px;padding:.6rem;font-size:.84rem}
 .card img{width:96px;height:96px;object-fit:contain;image-rendering:pixelated;background:#eee;display:block}
 .card ul{margin:.3rem 0 0;padding-left:1rem}
-dl{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;gap:.15rem .9rem;font-size:.9rem;margin:0}
+dl{display:grid;grid-template-columns:fit-content(40%) 1fr;gap:.15rem .9rem;font-size:.9rem;margin:0}
 dt{color:#5a5a5a}dd{margin:0}code{font:.86rem ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap}
 pre{margin:.3rem 0;padding:.6rem;background:#f6f6f6;border-radius:4px;white-space:pre-wrap}
 .right{background:#e4f2e7}@media(max-width:600px){body{padding:.7rem}dl{grid-template-columns:1fr}dt{margin-top:.4rem}}
@@ -83,7 +83,7 @@ def document(title: str, body: Iterable[str]) -> str:
     """A page that opens from the disk. It may load nothing and run nothing but its own script."""
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    return "\n".join(
+    page = "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
@@ -95,6 +95,7 @@ def document(title: str, body: Iterable[str]) -> str:
             "",
         ]
     )
+    return page.encode("utf-8", "replace").decode()  # halves of signs, which JSON can hold and no file can
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Cell]], hints: Sequence[str] = ()) -> str:

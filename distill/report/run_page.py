@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.files import read_json
+from distill.files import damaged, read_json
 from distill.report import parts, svg
 from distill.report.marks import colour, mark
 from distill.report.parity import remarks
@@ -57,7 +57,10 @@ def read(folder: Path) -> str:
         metrics = tables.curves(folder)
     except UserError:  # of a student that was given, or they are damaged: the rest can be shown
         metrics = None
-    return page(content, details, metrics)
+    try:
+        return page(content, details, metrics)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise damaged(folder / "report.json", "what it says besides its rows makes no sense") from None
 
 
 def rebuild(folder: Path) -> Path:
@@ -331,6 +334,9 @@ def _made(rows: Sequence[Row], context: Mapping) -> str:
         (", ".join(row.name for row in rows if row.command == command), Html(f"<code>{text(command)}</code>"))
         for command in commands
     ]
+    unknown = ", ".join(row.name for row in rows if not row.command)
+    if pairs and unknown:
+        pairs.append((unknown, "a command of an earlier version, which was not recorded"))
     again = f"<p>All of it again:</p><pre>{text(context['command'])}</pre>" if context.get("command") else ""
     return (parts.values(pairs) if pairs else "") + again
 

@@ -99,10 +99,10 @@ def _attributed(rows: list[Row], before: Mapping[str, Row], now: Now) -> list[Ro
     for row in rows:
         if row.name in now.made:
             row = replace(row, command=now.command, student=now.student)
-        elif row.name in before:
-            row = replace(row, command=before[row.name].command, student=before[row.name].student)
-        elif row.format == "eager":
-            row = replace(row, command=now.first)
+        else:
+            known = before.get(row.name, row)
+            first = now.first if row.format == "eager" else None
+            row = replace(row, command=known.command or first, student=known.student)
         told.append(replace(row, student=now.student) if row.name == "student" else row)
     return told
 
@@ -160,17 +160,21 @@ def table(rows: list[Row], width: int | None = None) -> str:
 
 def fitted(columns: list[tuple[str, ...]], width: int, dropped: Sequence[str]) -> list[tuple[str, ...]]:
     """The columns, header first, without those `dropped` for which there is no room, the first of these first. The
-    first column may be folded."""
+    first column may be folded: to 10 cells on a narrow terminal, to at most 40 on a wide one."""
+    least = max(10 if width >= 40 else 8, min(width // 2 - 16, 40))
     for header in ("", *dropped):
         columns = [column for column in columns if column[0] != header]
-        if sum(_breadths(columns, width)) + len(columns) <= width:
+        first, *others = map(_breadth, columns)
+        if min(first, least) + sum(others) + len(columns) <= width:
             break
     return columns
 
 
 def drawn(columns: list[tuple[str, ...]], width: int) -> str:
-    """Columns of texts, header first, as lines: the first at the left, its texts folded; the others at the right."""
-    breadths = _breadths(columns, width)
+    """Columns of texts, header first, as lines: the first at the left, folded where it must be; the others at the
+    right."""
+    first, *others = map(_breadth, columns)
+    breadths = [min(first, max(8, width - sum(others) - len(columns))), *others]
     lines = []
     for number, cells in enumerate(zip(*columns, strict=True)):
         folded = [_folded(plain(text), breadth) for text, breadth in zip(cells, breadths, strict=True)]
@@ -185,12 +189,11 @@ def drawn(columns: list[tuple[str, ...]], width: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _breadths(columns: list[tuple[str, ...]], width: int) -> list[int]:
-    """Of each column, in terminal cells; the first one's is bounded, so that figures have room."""
+def _breadth(column: tuple[str, ...]) -> int:
+    """Of a column, in terminal cells."""
     from rich.cells import cell_len
 
-    breadths = [max(cell_len(line) for text in column for line in plain(text).split("\n")) for column in columns]
-    return [min(breadths[0], max(10 if width >= 40 else 8, min(width // 2 - 16, 40))), *breadths[1:]]
+    return max(cell_len(line) for text in column for line in plain(text).split("\n"))
 
 
 def _folded(text: str, breadth: int) -> list[str]:

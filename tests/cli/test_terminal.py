@@ -3,12 +3,13 @@
 import re
 import sys
 
+import pandas as pd
 import pytest
 from conftest import QUICK
 
 from distill import progress
 from distill.progress import on_a_terminal, plain, say
-from distill.report import tables
+from distill.report import jobs, tables
 from distill.report.tables import Row
 from distill.training import lines
 
@@ -39,6 +40,29 @@ def test_a_table_line_is_never_wider_than_the_terminal(width, monkeypatch):
         assert any("gain" in line for line in found[:3]) and "+4.12" in "".join(found)
         assert "gain: in top-1, over the student alone" in " ".join(line.strip() for line in found)
     assert not any(line.startswith(("±", "Δ")) for line in found[0].split())
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_a_sweeps_table_fits_too_and_names_what_differs(width):
+    table = pd.DataFrame(
+        [
+            {
+                "run": str(run),
+                "overrides": f"data=fake loss.kd.temperature={run} student=a_network_of_a_long_name_{run}",
+                "status": "done" if run else "damaged",
+                "student alone top-1": 0.5,
+                "student top-1": 0.51 if run else None,
+                "gain": 0.01 if run else None,
+                "file": "student-dynamic_int8.pt",
+                "bytes": 123_456_789,
+            }
+            for run in range(3)
+        ]
+    )
+    found = jobs.terminal(table, width)
+    assert max(map(len, found.splitlines())) <= width
+    assert "gain" in found and found.count("51.00") == found.count("+1.00") == 2 and "damaged" in found
+    assert "data=fake" not in found and "temper" in found
 
 
 class Ascii:

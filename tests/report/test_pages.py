@@ -244,6 +244,30 @@ def test_a_broken_report_is_one_line_and_keeps_no_other_run_from_being_shown(tmp
     assert "report.json is damaged" in text and "50.00" in text and "2 runs" in text
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ({}, True),
+        ({"rows": []}, True),
+        ({"rows": [{"name": "\ud800.pt", "top1": 0.5, "bytes": 1, "latency_ms": -1}]}, True),
+        ({"verdict": [1], "findings": {"a": 1}, "environment": "none"}, True),
+        (
+            {"verdict": {"gain": SCRIPT, "shown": True, "sentence": SCRIPT}, "context": {SCRIPT: {SCRIPT: [SCRIPT]}}},
+            True,
+        ),
+        ({"failures": 3}, False),
+    ],
+)
+def test_a_strangers_report_is_shown_escaped_or_is_one_line(tmp_path, capsys, said, shown):
+    folder = run_folder(tmp_path / "theirs", {**EARLY, **said})
+    assert command.main([str(folder)]) == (0 if shown else 1)
+    if not shown:
+        assert "report.json is damaged" in capsys.readouterr().err
+    assert command.main([str(tmp_path)]) == 0
+    for file in tmp_path.rglob("*.html"):
+        assert file.read_text(encoding="utf-8").count("<script") == 1
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
