@@ -63,7 +63,8 @@ def evaluate(
         timers |= {name: served[name].time for name in answered}
         times = measure.latency(timers, example)
 
-    def row(name: str, net: nn.Module, size: int) -> tables.Row:
+    def row(name: str, net: nn.Module, size: int, shares: tuple[float, float] | None = None) -> tables.Row:
+        small, computed = shares or (int8_share(net), computed_share(net))
         scores = measure.scores(logits[name], labels, logits.get("teacher"), logits["student"])
         return tables.Row(
             name,
@@ -73,8 +74,8 @@ def evaluate(
             parameters=measure.parameters(net),
             macs=measure.macs(net, example),
             bytes=size,
-            int8_share=int8_share(net),
-            int8_computed=computed_share(net),
+            int8_share=small,
+            int8_computed=computed,
         )
 
     rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
@@ -85,7 +86,8 @@ def evaluate(
         if name not in times:
             failures.append(f"{name}: its process died while its latency was measured")
         if torch.isfinite(logits[name]).all():
-            rows.append(row(name, net, measure.file_bytes(artifacts[name].path)))
+            file = artifacts[name]
+            rows.append(row(name, net, measure.file_bytes(file.path), file.shares and file.shares(file.path)))
     return tables.compare(rows), list(dict.fromkeys(failures)), {name: logits[name] for name in plain}, labels
 
 

@@ -27,11 +27,13 @@ class Artifact:
     can't. It is a function of a module, so that another process can import it (distill/runtimes/serve.py).
     """
 
-    format: str  # "torchscript", "lite", "executorch", "onnx", "torch_export"
+    format: str  # "torchscript", "lite", "executorch", "onnx", "torch_export", "litert"
     path: Path
     flow: str  # which quantization the runtime executes: distill.compress.flows
     load: Callable[[Path], Model]
     rounds: bool = False  # in int8 kernels of its own: an int8 file equals its source but for roundings
+    # of its learned numbers, the shares in [0, 1] stored and computed in int8, as the file says; None: as its network
+    shares: Callable[[Path], tuple[float, float]] | None = None
 
     def run(self, images: Tensor) -> Tensor:
         """The file's answer, in this process: images (N, C, H, W) in [0, 1] to logits (N, K)."""
