@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.base import Data
+from distill.files import size
 from distill.runtimes.artifact import write
 from distill.types import sides
 
@@ -18,13 +19,13 @@ def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[st
     Raises:
         UserError: a file cannot be written.
     """
-    every = sorted((folder / row.name, row.format) for row in rows if (folder / row.name).is_file())
+    every = sorted((folder / row.name, row.format) for row in rows if (folder / row.name).exists())
     bad = {path for path, _ in every if any(line.startswith(f"{path.name}: ") for line in failures)}
     height, width = sides(data.image_size)
     covered = data.test.transform.covered(data.image_size) if data.test.transform else (height, width)
     resized = f"its short side is resized to {covered[0]} px" if height == width else RESIZED.format(*covered)
     listed = "\n".join(
-        f"| {path.name} | {format} | {path.stat().st_size:,} | {'no: see the report' if path in bad else 'yes'} |"
+        f"| {path.name} | {format} | {size(path):,} | {'no: see the report' if path in bad else 'yes'} |"
         for path, format in every
     )
     parts = [INTRO.format(files=listed, classes=data.num_classes, height=height, width=width, resized=resized)]
@@ -33,7 +34,7 @@ def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[st
     if set(formats) - {"torch_export"}:
         parts.append(PIXELS)
     for name in formats:
-        smallest = min((path for path, format in shipping if format == name), key=lambda path: path.stat().st_size)
+        smallest = min((path for path, format in shipping if format == name), key=size)
         parts.append(SECTIONS[name].replace("PREPARE\n", PREPARE).replace("FILE", smallest.name))
     text = "\n".join(parts)
     for name, value in {"HEIGHT": height, "WIDTH": width, "HIGH": covered[0], "WIDE": covered[1]}.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from distill.errors import UserError
+from distill.files import size as bytes_of
 from distill.progress import say
 from distill.runs.tables import read_report
 
@@ -78,7 +79,7 @@ def with_earlier(rows: list[Row], folder: Path) -> tuple[list[Row], list[str]]:
 def _is_still(name: str, folder: Path, size: float | None) -> bool:
     """Whether a file of the report is in the folder: by a name without signs, which may stand in a program's text."""
     path = folder / name
-    return bool(re.fullmatch(r"\w[\w.-]*", name)) and path.is_file() and path.stat().st_size == size
+    return bool(re.fullmatch(r"\w[\w.-]*", name)) and path.exists() and bytes_of(path) == size
 
 
 # columns of the terminal's table, those first that go first where there is no room for all
