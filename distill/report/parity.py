@@ -82,10 +82,14 @@ def difference(
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader should know of files that may ship: one that is larger or much slower than the float student's of
-    the same format."""
+    """What a reader should know of files that may ship: one that was not executed, or is larger or much slower than the
+    float student's of the same format."""
     floats = {row.format: row for row in rows if row.format != "eager" and Path(row.name).stem == "student"}
-    told = []
+    told = [
+        f"{row.name} was not executed here, where its runtime does not run: its structure was read back and checked"
+        for row in rows
+        if row.format != "eager" and row.top1 is None
+    ]
     for row in rows:
         plain = floats.get(row.format)
         if plain is None or row.name == plain.name:

@@ -281,7 +281,7 @@ class TestCoreML:
                 module.check(file.path, metadata | {"input": metadata["input"] | other})
         assert capfd.readouterr() == ("", "")
         (file.path / module.MODEL).write_bytes(b"no model")
-        with pytest.raises(UserError, match="cannot load .*mlpackage: .*export it again"):
+        with pytest.raises(UserError, match=r"cannot load .*mlpackage: .*export it again"):
             module.load(file.path)
 
     def test_what_it_lacks_is_named_with_its_layer(self, tmp_path):
@@ -295,14 +295,11 @@ class TestCoreML:
         monkeypatch.setattr(measure.latency, "__defaults__", (0.0,))
         torch.manual_seed(0)
         data = fake(image_size=16, train_size=40, batch_size=16, num_workers=0)
-        network = Network(
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, data.num_classes)), {}, [0.5] * 3, [0.25] * 3
-        )
-        nets = {"student": {"xnnpack": network.plain()}}
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, data.num_classes))
+        network = Network(net, {}, [0.5] * 3, [0.25] * 3)
+        nets, tolerance = {"student": {"xnnpack": network.plain()}}, {"float": {}, "compressed": {}}
         files, failures = exporting.export(nets, {"coreml": exporter("coreml").export}, tmp_path, data, {})
-        rows, unlike, *_ = evaluate.evaluate(
-            {"student": network}, nets, files, data, {"file": {}, "rounding": {}, "float": {}, "compressed": {}}
-        )
+        rows, unlike, *_ = evaluate.evaluate({"student": network}, nets, files, data, tolerance)
         assert failures == unlike == []
         (row,) = (row for row in rows if row.name == "student.mlpackage")
         assert row.top1 is row.latency_ms is row.int8_computed is None and row.bytes == file_bytes(tmp_path / row.name)
