@@ -8,6 +8,7 @@ loads the file. Float is float32 here: left to itself OpenVINO rounds to bfloat1
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +41,10 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         UserError: openvino or onnx is missing, does not know a part of `net`, or the folder cannot be written.
     """
     openvino = _openvino()
-    from openvino._offline_transformations import apply_moc_transformations
-
     described = json.dumps(describe(example, metadata), ensure_ascii=False)
     data, _ = written(net, example, OPSETS[-1], described, "OpenVINO")
     try:
-        # not convert_model, which does the same and reports every call to Intel
-        model = openvino.Core().read_model(io.BytesIO(data))
-        apply_moc_transformations(model, cf=False)
+        model = openvino.convert_model(io.BytesIO(data))
     except Exception as error:  # its own exceptions have no common class; they name the operator
         raise UserError(f"OpenVINO cannot take this network: {graph.reason(error)}") from error
     model.set_rt_info(described, METADATA)
@@ -152,6 +149,7 @@ def _compiled(path: Path):
 
 
 def _openvino():
+    sys.modules.setdefault("openvino_telemetry", None)  # not there: it reports every import and conversion to Intel
     try:
         import openvino
     except ImportError as error:

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import multiprocessing
 import sys
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from photos import photos, program, said, wanted
 from sets import fake
 from test_export_architectures import BLOCKS, WHOLE, decibels, settled
 from torch import nn
@@ -17,9 +20,12 @@ from distill import export as exporting
 from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
+from distill.data.augment import CenterCrop
 from distill.errors import UsageError, UserError
+from distill.export import deploy
 from distill.networks.network import Network
 from distill.report import evaluate, parity, tables
+from distill.report.tables import Row
 from distill.runtimes import measure
 from distill.runtimes.coverage import computed_share, int8_share
 from distill.runtimes.measure import file_bytes
@@ -210,8 +216,16 @@ def test_weights_of_quantization_aware_training_keep_their_ranges_in_litert(tmp_
         list(each.quantization.scale) for each in part.tensors if getattr(each.quantization, "scale", None) is not None
     ]
     assert len(scales) == 8
-    for wanted in scales:
-        assert any(len(each) == len(wanted) and torch.tensor(each).allclose(wanted.float()) for each in found)
+    for scale in scales:
+        assert any(len(each) == len(scale) and torch.tensor(each).allclose(scale.float()) for each in found)
+
+
+@openvino
+def test_openvino_tells_nobody_that_it_is_used(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(multiprocessing.Process, "start", lambda process: pytest.fail("it starts a process"))
+    net, images = small
+    exporter("openvino").export(net, images[:2], tmp_path / "net", {})
+    assert sys.modules["openvino_telemetry"] is None
 
 
 @pytest.mark.parametrize("format", EXPORTERS)
@@ -246,6 +260,28 @@ def test_a_folder_is_whole_or_not_there_and_all_of_it_counts(tmp_path, monkeypat
     module.export(net, images[:2], tmp_path / "net", {"classes": ["new"]})
     assert [path.name for path in tmp_path.iterdir()] == ["net.openvino"]
     assert module.read_metadata(file.path)["classes"] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("format", "title", "io"),
+    [
+        pytest.param("litert", "LiteRT", "float", marks=litert),
+        pytest.param("litert", "LiteRT", "int8", marks=litert),
+        pytest.param("openvino", "OpenVINO", None, marks=openvino),
+    ],
+)
+def test_the_programs_of_the_readme_say_of_any_photo_what_the_toolkit_says(tmp_path, small, format, title, io):
+    net, images = small
+    data = fake(image_size=SIZE, train_size=10, batch_size=16, num_workers=0)
+    cropped = replace(data, test=replace(data.test, transform=CenterCrop()))
+    source = static(net, images, exporter(format).FLOW)
+    options = {"io": io} if io else {}
+    (file,) = exporter(format).export(source, images[:2], tmp_path / "net", {}, **options)
+    deploy.write_readme([Row(file.path.name, format=format)], cropped, tmp_path)
+    shown = photos(tmp_path)
+    for photo, (found, probability) in zip(shown, said(tmp_path, program(tmp_path, title), shown), strict=True):
+        label, expected = wanted(file.run, photo, SIZE, data.classes)
+        assert found == label and probability == pytest.approx(expected, abs=0.05), photo.name
 
 
 class TestCoreML:
