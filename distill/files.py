@@ -65,7 +65,7 @@ def started(pid: int) -> int | None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write to the yielded temporary path; it takes `path`'s place only when all of it is on the disk.
+    """Write to the yielded temporary path, a file or a folder; it takes `path`'s place only when all is on the disk.
 
     A kill or a full disk leaves the old file as it was. Of several processes that write it at once, on this machine or
     on others, each has a temporary file of its own, and the last one's stays; what killed ones left is removed.
@@ -77,15 +77,48 @@ def atomic(path: Path) -> Iterator[Path]:
     sweep(path.parent, path.name)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for part in _files(temporary):
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        _replace(temporary, path)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """No system call puts a folder in another's place: a kill in between leaves none."""
+    if not (new.is_dir() and path.exists()):
+        os.replace(new, path)
+        return
+    old = own_temporary(path.with_name(f"{path.name}.old"))
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    _remove(old)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """A file itself, or those in a folder."""
+    yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all that is in a folder."""
+    return sum(file.stat().st_size for file in _files(Path(path)))
 
 
 def own_temporary(path: Path) -> Path:
@@ -101,7 +134,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         with suppress(OSError):
             ours = written.endswith(f".{MACHINE}") and pid.isdigit()
             if not lives(int(pid)) if ours else _now(folder) - left.stat().st_mtime > DAY:
-                left.unlink()
+                _remove(left)
 
 
 def _now(folder: Path) -> float:

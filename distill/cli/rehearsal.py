@@ -8,12 +8,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig
+from packaging.requirements import Requirement
 from pytorch_lightning.callbacks import Callback
 
 from distill import compress, export
@@ -143,7 +145,8 @@ def fitting(network: Network, teacher: Teacher | None, losses: Mapping, data: Da
 
 
 def missing(cfg: DictConfig) -> None:
-    """Raises UserError where a package that an exporter of this run needs is not installed."""
+    """Raises UserError where a package that an exporter of this run needs is not installed, or needs another version of
+    one that is."""
     if not {"compress", "export"} & set(cfg.stages):
         return
     for name, options in cfg.export.items():
@@ -151,6 +154,24 @@ def missing(cfg: DictConfig) -> None:
         absent = [package for package in getattr(module, "PACKAGES", ()) if find_spec(package) is None]
         if absent:
             raise UserError(f"export={name} needs {' '.join(module.PACKAGES)}: pip install {' '.join(absent)}")
+        for package in getattr(module, "PACKAGES", ()):
+            _refuse_conflict(name, package)
+
+
+def _refuse_conflict(exporter: str, package: str) -> None:
+    """Such as litert-torch, which wants an older torch than others do."""
+    with contextlib.suppress(PackageNotFoundError):  # found by its folder alone
+        for requirement in map(Requirement, requires(package) or ()):
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            with contextlib.suppress(PackageNotFoundError):
+                found = version(requirement.name)
+                if not requirement.specifier.contains(found, prereleases=True):
+                    raise UserError(
+                        f"export={exporter}: {package} {version(package)} needs {requirement.name}"
+                        f"{requirement.specifier}, and {found} is installed: pip install "
+                        f"'{requirement.name}{requirement.specifier}', or leave export={exporter} out"
+                    )
 
 
 def _kept(cfg: DictConfig, data: Data, student: Network, teacher: Teacher) -> int:

@@ -28,6 +28,7 @@ from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.base import Data
 from distill.errors import UsageError, UserError
 from distill.files import content_key, parse_bytes, read_json, scratch, write_json
+from distill.files import size as bytes_of
 from distill.networks.sources import describe
 from distill.networks.weights import content_hash
 from distill.progress import say
@@ -264,24 +265,25 @@ def _measured(
                 raise
             except Exception as error:  # whatever a step or an exporter stumbles over in this network
                 say(f"  auto: {name} is left out: {error if isinstance(error, UserError) else reason(error)}")
-        each_file = {f"{name} {file.path.name}": file for name, several in files.items() for file in several}
+        executed = {name: [file for file in several if not file.elsewhere] for name, several in files.items()}
+        each_file = {f"{name} {file.path.name}": file for name, several in executed.items() for file in several}
         with serve(each_file) as served:
             times = latency({name: each.time for name, each in served.items()}, example, seconds=1)
         found = []
         for name, several in files.items():
-            slowest = [times.get(f"{name} {file.path.name}", {"latency_ms": None})["latency_ms"] for file in several]
-            if not several or None in slowest:
+            asked = [times.get(f"{name} {file.path.name}") for file in executed[name]]
+            if not asked or None in asked:
                 say(f"  auto: {name} is left out: a file of it can't be run")
                 continue
-            size, largest = max((file.path.stat().st_size, file.path.suffix) for file in several)
-            found.append(Candidate(ratio, name, size, max(slowest), largest))
+            size, largest = max((bytes_of(file.path), file.path.suffix) for file in several)
+            found.append(Candidate(ratio, name, size, max(time["latency_ms"] for time in asked), largest))
     return found
 
 
 def _largest(net: nn.Module, flow: str, ship: Callable) -> tuple[int, str]:
     """Bytes and ending of the largest file that ships of `net`."""
     with scratch() as folder:
-        return max((file.path.stat().st_size, file.path.suffix) for file in ship(net, flow, folder))
+        return max((bytes_of(file.path), file.path.suffix) for file in ship(net, flow, folder))
 
 
 def _files(net: nn.Module, flow: str, folder: Path, *, data: Data) -> list[Artifact]:

@@ -2,7 +2,7 @@
 
     flow      captured by          becomes                                        runs in
     fx        torch.fx             modules of torch.ao (FX graph mode, "x86")     TorchScript
-    xnnpack   torch.export (PT2E)  quantize/dequantize ops, int8 activations      ExecuTorch's XNNPACK
+    xnnpack   torch.export (PT2E)  quantize/dequantize ops, int8 activations      ExecuTorch's and LiteRT's XNNPACK
     onnx      torch.export (PT2E)  quantize/dequantize ops, uint8 activations     ONNX Runtime
 
 Static int8 (Jacob et al. 2018, arXiv:1712.05877): q = clamp(round(x / s) + z). Activations have one scale and zero

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.base import Data
+from distill.files import size
 from distill.runtimes.artifact import write
 from distill.types import sides
 
@@ -18,23 +19,26 @@ def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[st
     Raises:
         UserError: a file cannot be written.
     """
-    every = sorted((folder / row.name, row.format) for row in rows if (folder / row.name).is_file())
+    every = sorted((folder / row.name, row.format) for row in rows if (folder / row.name).exists())
     bad = {path for path, _ in every if any(line.startswith(f"{path.name}: ") for line in failures)}
+    good = {path for path, _ in every} - bad
     height, width = sides(data.image_size)
     covered = data.test.transform.covered(data.image_size) if data.test.transform else (height, width)
     resized = f"its short side is resized to {covered[0]} px" if height == width else RESIZED.format(*covered)
-    listed = "\n".join(
-        f"| {path.name} | {format} | {path.stat().st_size:,} | {'no: see the report' if path in bad else 'yes'} |"
-        for path, format in every
-    )
-    parts = [INTRO.format(files=listed, classes=data.num_classes, height=height, width=width, resized=resized)]
+    measured = {row.name: row for row in rows}
+    listed = "\n".join(_line(measured[path.name], path, path in bad) for path, _ in every)
+    chosen = "\n".join(f"- {line}" for line in _when([row for row in rows if folder / row.name in good]))
+    parts = [
+        INTRO.format(files=listed, chosen=chosen, classes=data.num_classes, height=height, width=width, resized=resized)
+    ]
     shipping = [(path, format) for path, format in every if path not in bad]
     formats = [name for name in SECTIONS if name in {format for _, format in shipping}]
     if set(formats) - {"torch_export"}:
         parts.append(PIXELS)
     for name in formats:
-        smallest = min((path for path, format in shipping if format == name), key=lambda path: path.stat().st_size)
-        parts.append(SECTIONS[name].replace("PREPARE\n", PREPARE).replace("FILE", smallest.name))
+        smallest = min((path for path, format in shipping if format == name), key=size)
+        section = SECTIONS[name].replace("PREPARE\n", PREPARE).replace("ANSWER\n", ANSWER)
+        parts.append(section.replace("FILE", smallest.name))
     text = "\n".join(parts)
     for name, value in {"HEIGHT": height, "WIDTH": width, "HIGH": covered[0], "WIDE": covered[1]}.items():
         text = text.replace(name, str(value))
@@ -42,21 +46,64 @@ def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[st
     write(folder / "README.md", text.encode())
 
 
+def _line(row, path: Path, failed: bool) -> str:
+    """A file's line of the table."""
+    accuracy = "–" if row.top1 is None else f"{row.top1:.2%}"
+    latency = "–" if row.latency_ms is None else f"{row.latency_ms:.2f}"
+    ships = "no: see the report" if failed else "yes" if row.latency_ms is not None else "not executed here"
+    return f"| {path.name} | {row.format} | {accuracy} | {size(path):,} | {latency} | {ships} |"
+
+
+def _when(rows: Sequence) -> list[str]:
+    """For each file that may ship, when to; and what it has most of among those of its format."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row.name):
+        rivals = [each for each in rows if each.format == row.format]
+        best = []
+        for word, field, worth in (
+            ("most accurate", "top1", 1),
+            ("smallest", "bytes", -1),
+            ("fastest", "latency_ms", -1),
+        ):
+            figures = [worth * value for each in rivals if (value := getattr(each, field)) is not None]
+            own = getattr(row, field)
+            if own is not None and len(figures) > 1 and worth * own == max(figures) > min(figures):
+                best.append(word)
+        tail = f"; of these the {' and the '.join(best)}" if best else ""
+        lines.append(f"{row.name}: {WHEN[row.format]}{tail}")
+    return lines
+
+
+WHEN = {
+    "litert": "apps for Android and iOS that use LiteRT",
+    "coreml": "apps for iPhone, iPad and Mac",
+    "executorch": "apps for Android and iOS that use ExecuTorch",
+    "onnx": "servers, desktops and apps, with ONNX Runtime",
+    "openvino": "computers with Intel's processors",
+    "torchscript": "programs that have libtorch already; PyTorch no longer develops TorchScript",
+    "lite": "apps that have PyTorch Mobile already; it is no longer developed, ExecuTorch follows it",
+    "torch_export": "PyTorch itself, and compilers that start from its graph",
+}
+
 RESIZED = "it is resized, in its shape, to the smallest that covers {} × {} px (height × width)"
 INTRO = """# Running these files
 
-| file | format | bytes | may ship |
-| --- | --- | ---: | --- |
+| file | format | top-1 | bytes | ms | may ship |
+| --- | --- | ---: | ---: | ---: | --- |
 {files}
+
+Top-1 on the test images; ms: one image on one thread of the machine that measured it. When to ship which:
+
+{chosen}
 
 Input: `images`, float32 (N, 3, {height}, {width}): RGB in planes (NCHW), values in [0, 1]; the files normalise them.
 A photo is turned upright (EXIF), what is transparent in it is seen on white,
 {resized} (bilinear, antialiased),
 then its middle {height} × {width} px are cut out.
-Output: logits (N, {classes}), one for each line of `classes.txt`; `softmax` makes probabilities of them. Each file also
-holds its input's description and the class names as JSON.
+Output: logits (N, {classes}), one for each line of `classes.txt`; the programs make probabilities of them.
+Each file also holds its input's description and the class names as JSON.
 
-The Python programs take a photo: `python program.py photo.jpg`, in this folder.
+The Python programs take a photo: `python program.py photo.jpg`, in this folder; they print its class and probability.
 """
 
 PREPARE = """import sys
@@ -64,7 +111,9 @@ PREPARE = """import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-image = ImageOps.exif_transpose(Image.open(sys.argv[1]))
+image = ImageOps.exif_transpose(Image.open(sys.argv[1]))  # upright, before anything else
+if image.mode.startswith("I"):  # 16 bits
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 if image.has_transparency_data:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 image = image.convert("RGB")
@@ -77,10 +126,16 @@ images = np.ascontiguousarray(image.transpose(2, 0, 1)[None] / 255)  # (1, 3, HE
 classes = open("classes.txt", encoding="utf-8").read().splitlines()
 """
 
+ANSWER = """odds = np.exp(logits - logits.max())
+odds /= odds.sum()
+print(classes[odds.argmax()], f"{odds.max():.4f}")
+"""
+
 PIXELS = """## Preparing a photo in an app
 
-Both resize as the Python programs do: an average weighted by a triangle as wide as two pixels of the result, which the
-systems' own bilinear scaling is not when it makes an image smaller.
+Both turn the photo upright before anything else, and resize as the Python programs do: an average weighted by a
+triangle as wide as two pixels of the result, which the systems' own bilinear scaling is not when it makes an image
+smaller.
 
 Kotlin (Android 9 or newer; `ImageDecoder` turns the photo upright):
 
@@ -88,6 +143,7 @@ Kotlin (Android 9 or newer; `ImageDecoder` turns the photo upright):
 import android.graphics.ImageDecoder
 import java.io.File
 import kotlin.math.abs
+import kotlin.math.exp
 
 fun pixels(photo: File): FloatArray {
     val image = ImageDecoder.decodeBitmap(ImageDecoder.createSource(photo)) { decoder, _, _ ->
@@ -118,6 +174,11 @@ fun pixels(photo: File): FloatArray {
         for (i in weights.indices) sum += weights[i] * narrow[first + i][column]
         sum / 255f
     }
+}
+
+fun softmax(logits: FloatArray): List<Float> {
+    val odds = logits.map { exp(it - logits.max()) }
+    return odds.map { it / odds.sum() }
 }
 
 /** For each of the middle `size` of the `resized` pixels that `side` pixels become: the first one of it, weights. */
@@ -174,6 +235,11 @@ func pixels(_ photo: URL) -> [Float] {
     }
 }
 
+func softmax(_ logits: [Float]) -> [Float] {
+    let odds = logits.map { exp($0 - logits.max()!) }
+    return odds.map { $0 / odds.reduce(0, +) }
+}
+
 /// For each of the middle `size` of the `resized` pixels that `side` pixels become: the first it is made of, weights.
 func triangles(_ side: Int, _ resized: Int, _ size: Int) -> [(Int, [Float])] {
     let scale = Double(side) / Double(resized), width = max(scale, 1)
@@ -190,6 +256,103 @@ func triangles(_ side: Int, _ resized: Int, _ size: Int) -> [(Int, [Float])] {
 """
 
 SECTIONS = {
+    "litert": """## LiteRT
+
+```python
+PREPARE
+from ai_edge_litert.interpreter import Interpreter
+
+interpreter = Interpreter("FILE")
+interpreter.allocate_tensors()
+(given,), (asked,) = interpreter.get_input_details(), interpreter.get_output_details()
+if given["dtype"] == np.int8:
+    scale, zero_point = given["quantization"]
+    images = np.clip(np.rint(images / scale) + zero_point, -128, 127).astype(np.int8)
+interpreter.set_tensor(given["index"], images)
+interpreter.invoke()
+logits = interpreter.get_tensor(asked["index"])[0].astype(np.float32)
+if asked["dtype"] == np.int8:
+    scale, zero_point = asked["quantization"]
+    logits = (logits - zero_point) * scale
+ANSWER
+```
+
+Android (`com.google.ai.edge.litert:litert`):
+
+```kotlin
+import com.google.ai.edge.litert.Accelerator
+import com.google.ai.edge.litert.CompiledModel
+
+val model = CompiledModel.create(assets, "FILE", CompiledModel.Options(Accelerator.CPU))
+val (inputs, outputs) = model.createInputBuffers() to model.createOutputBuffers()
+inputs[0].writeFloat(pixels(photo))
+model.run(inputs, outputs)
+val probabilities = softmax(outputs[0].readFloat())
+```
+
+iOS (pod `TensorFlowLiteSwift`):
+
+```swift
+import TensorFlowLite
+
+let interpreter = try Interpreter(modelPath: path)
+try interpreter.allocateTensors()
+try interpreter.copy(pixels(photo).withUnsafeBytes { Data($0) }, toInputAt: 0)
+try interpreter.invoke()
+let probabilities = softmax(try interpreter.output(at: 0).data.withUnsafeBytes { Array($0.bindMemory(to: Float.self)) })
+```
+
+A file made with `export.litert.io=int8` takes a photo's bytes less 128 and gives int8 logits: their scale and zero
+point are in the file, as the Python program reads them.
+""",
+    "coreml": """## Core ML
+
+On a Mac:
+
+```python
+PREPARE
+import coremltools
+
+model = coremltools.models.MLModel("FILE")
+logits = model.predict({"images": Image.fromarray(image.astype(np.uint8))})["logits"][0]
+ANSWER
+```
+
+iOS and macOS, with the folder in the app's resources at `url`:
+
+```swift
+import CoreML
+
+var buffer: CVPixelBuffer?
+CVPixelBufferCreate(nil, WIDTH, HEIGHT, kCVPixelFormatType_32BGRA, nil, &buffer)
+CVPixelBufferLockBaseAddress(buffer!, [])
+let bytes = CVPixelBufferGetBaseAddress(buffer!)!.assumingMemoryBound(to: UInt8.self)
+let (row, values) = (CVPixelBufferGetBytesPerRow(buffer!), pixels(photo))
+for place in 0..<HEIGHT * WIDTH {
+    for channel in 0..<3 {  // planes of RGB to BGRA
+        let value = UInt8((255 * values[channel * HEIGHT * WIDTH + place]).rounded())
+        bytes[place / WIDTH * row + 4 * (place % WIDTH) + 2 - channel] = value
+    }
+}
+CVPixelBufferUnlockBaseAddress(buffer!, [])
+let model = try MLModel(contentsOf: try await MLModel.compileModel(at: url))
+let input = try MLDictionaryFeatureProvider(dictionary: ["images": MLFeatureValue(pixelBuffer: buffer!)])
+let output = try model.prediction(from: input).featureValue(for: "logits")!.multiArrayValue!
+let probabilities = softmax((0..<output.count).map { output[$0].floatValue })
+```
+""",
+    "openvino": """## OpenVINO
+
+```python
+PREPARE
+import openvino
+
+# without the hint OpenVINO rounds to bfloat16 where the processor has it: faster, and about 1 % off
+model = openvino.Core().compile_model("FILE/model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+logits = model({"images": images})["logits"][0]
+ANSWER
+```
+""",
     "executorch": """## ExecuTorch
 
 ```python
@@ -198,8 +361,8 @@ import torch
 from executorch.runtime import Runtime
 
 method = Runtime.get().load_program("FILE").load_method("forward")
-logits = method.execute([torch.from_numpy(images)])[0][0]  # up to 8 images at once
-print(classes[logits.argmax()], logits.max().item())
+logits = method.execute([torch.from_numpy(images)])[0][0].numpy()  # up to 8 images at once
+ANSWER
 ```
 
 Android (`org.pytorch:executorch-android`), with the file copied out of the assets to `path`:
@@ -211,7 +374,7 @@ import org.pytorch.executorch.Tensor
 
 val module = Module.load(path)
 val input = Tensor.fromBlob(pixels(photo), longArrayOf(1, 3, HEIGHT, WIDTH))
-val logits = module.forward(EValue.from(input))[0].toTensor().dataAsFloatArray
+val probabilities = softmax(module.forward(EValue.from(input))[0].toTensor().dataAsFloatArray)
 ```
 
 iOS (Swift package ExecuTorch: `executorch`, `backend_xnnpack`, `kernels_optimized`):
@@ -222,7 +385,7 @@ import ExecuTorch
 let module = Module(filePath: path)
 let input = Tensor<Float>(pixels(photo), shape: [1, 3, HEIGHT, WIDTH])
 let output: Tensor<Float> = try module.forward(input)[0].tensor()!
-let logits = output.scalars()
+let probabilities = softmax(output.scalars())
 ```
 """,
     "onnx": """## ONNX Runtime
@@ -233,7 +396,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("FILE", providers=["CPUExecutionProvider"])
 logits = session.run(["logits"], {"images": images})[0][0]
-print(classes[logits.argmax()], logits.max().item())
+ANSWER
 ```
 
 Android (`com.microsoft.onnxruntime:onnxruntime-android`):
@@ -245,7 +408,7 @@ import ai.onnxruntime.OrtEnvironment
 val environment = OrtEnvironment.getEnvironment()
 val session = environment.createSession(assets.open("FILE").readBytes())
 val input = OnnxTensor.createTensor(environment, FloatBuffer.wrap(pixels(photo)), longArrayOf(1, 3, HEIGHT, WIDTH))
-val logits = (session.run(mapOf("images" to input))[0].value as Array<FloatArray>)[0]
+val probabilities = softmax((session.run(mapOf("images" to input))[0].value as Array<FloatArray>)[0])
 ```
 
 iOS (pod `onnxruntime-objc`):
@@ -260,6 +423,7 @@ let data = NSMutableData(bytes: values, length: 4 * values.count)
 let input = try ORTValue(tensorData: data, elementType: .float, shape: [1, 3, HEIGHT, WIDTH])
 let output = try session.run(withInputs: ["images": input], outputNames: ["logits"], runOptions: nil)
 let logits = (try output["logits"]!.tensorData() as Data).withUnsafeBytes { Array($0.bindMemory(to: Float.self)) }
+let probabilities = softmax(logits)
 ```
 """,
     "torchscript": """## TorchScript (libtorch, Python)
@@ -270,8 +434,8 @@ import torch
 
 model = torch.jit.load("FILE")
 with torch.no_grad():
-    logits = model(torch.from_numpy(images))[0]
-print(classes[logits.argmax()], logits.max().item())
+    logits = model(torch.from_numpy(images))[0].numpy()
+ANSWER
 ```
 """,
     "lite": """## PyTorch Mobile's lite interpreter
@@ -283,8 +447,8 @@ from torch.jit.mobile import _load_for_lite_interpreter
 
 model = _load_for_lite_interpreter("FILE")
 with torch.no_grad():
-    logits = model(torch.from_numpy(images))[0]
-print(classes[logits.argmax()], logits.max().item())
+    logits = model(torch.from_numpy(images))[0].numpy()
+ANSWER
 ```
 
 Android (`org.pytorch:pytorch_android_lite`), with the file copied out of the assets to `path`:
@@ -296,7 +460,7 @@ import org.pytorch.Tensor
 
 val module = LiteModuleLoader.load(path)
 val input = Tensor.fromBlob(pixels(photo), longArrayOf(1, 3, HEIGHT, WIDTH))
-val logits = module.forward(IValue.from(input)).toTensor().dataAsFloatArray
+val probabilities = softmax(module.forward(IValue.from(input)).toTensor().dataAsFloatArray)
 ```
 
 iOS (pod `LibTorch-Lite`) has no Swift interface. In Objective-C++, behind a bridging header:
@@ -305,7 +469,7 @@ iOS (pod `LibTorch-Lite`) has no Swift interface. In Objective-C++, behind a bri
 torch::jit::mobile::Module module = torch::jit::_load_for_mobile(path.UTF8String);
 c10::InferenceMode guard;
 at::Tensor input = torch::from_blob(values, {1, 3, HEIGHT, WIDTH}, at::kFloat);
-at::Tensor logits = module.forward({input}).toTensor();
+at::Tensor probabilities = module.forward({input}).toTensor().softmax(1);
 ```
 """,
     "torch_export": """## torch.export
@@ -320,8 +484,8 @@ import torch.ao.quantization.fx._decomposed  # the operators of int8 files
 
 model = torch.export.load("FILE").module()
 with torch.no_grad():
-    logits = model(torch.from_numpy(images))[0]
-print(classes[logits.argmax()], logits.max().item())
+    logits = model(torch.from_numpy(images))[0].numpy()
+ANSWER
 ```
 """,
 }

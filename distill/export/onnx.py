@@ -46,15 +46,27 @@ def export(
     """
     if opset not in OPSETS:
         raise UsageError(f"export.onnx.opset={opset} is none that is written: choose {OPSETS[0]} to {OPSETS[-1]}")
+    described = json.dumps(describe(example, metadata), ensure_ascii=False)
+    data, places = written(net, example, opset, described)
+    file = _artifact(Path(stem))
+    publish(file, data, net, example, place=lambda said: _failing(said, places))
+    return [file]
+
+
+def written(net: nn.Module, example: Tensor, opset: int, described: str, name: str = "ONNX") -> tuple[bytes, dict]:
+    """The file's bytes, with `described` inside; and {a node's name in it: " at the operator X (layer Y)"}.
+
+    Raises:
+        UserError: as `export`, for the format `name`.
+    """
     try:
         import onnxscript  # noqa: F401  what torch.onnx needs
     except ImportError as error:
         raise _missing() from error
-    stem = Path(stem)
-    program = graph.capture(net, torch.cat([example[:1]] * 2), "ONNX")
+    program = graph.capture(net, torch.cat([example[:1]] * 2), name)
     with graph.quiet(), torch.no_grad():
         try:
-            written = torch.onnx.export(
+            made = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -64,22 +76,20 @@ def export(
                 verbose=False,
             )
         except Exception as error:  # its own exceptions are private
-            raise graph.refuse(error, program, "ONNX") from error
-    outputs, places = set(written.model.graph.outputs), {}
-    for number, node in enumerate(written.model.graph.all_nodes()):
+            raise graph.refuse(error, program, name) from error
+    outputs, places = set(made.model.graph.outputs), {}
+    for number, node in enumerate(made.model.graph.all_nodes()):
         places[f"n{number}"] = _place(node)
         node.metadata_props.clear()  # where each came from, a tenth of a small file
         node.name = f"n{number}"  # its long names, which stand in it two and three times: a thirtieth
         for place, value in enumerate(node.outputs):
             if value not in outputs:
                 value.name = f"n{number}_{place}"
-    written.model.metadata_props.clear()
-    written.model.metadata_props[METADATA] = json.dumps(describe(example, metadata), ensure_ascii=False)
-    written = written.model_proto
-    del written.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
-    file = _artifact(stem)
-    publish(file, written.SerializeToString(), net, example, place=lambda said: _failing(said, places))
-    return [file]
+    made.model.metadata_props.clear()
+    made.model.metadata_props[METADATA] = described
+    made = made.model_proto
+    del made.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
+    return made.SerializeToString(), places
 
 
 def _place(node) -> str:

@@ -40,9 +40,10 @@ def evaluate(
         name, and these images' labels (N,).
     """
     plain = {name: network.plain() for name, network in networks.items() if network is not None}
-    artifacts = {file.path.name: file for several in files.values() for file in several}
+    every = {file.path.name: file for several in files.values() for file in several}
+    artifacts = {name: file for name, file in every.items() if not file.elsewhere}
     source_of = {file.path.name: nets[name][file.flow] for name, several in files.items() for file in several}
-    floats = {file.path.name for file in files["student"]}
+    floats = {file.path.name for file in files["student"] if not file.halves}
     # once, where it is the same for all flows; on the CPU: an accelerator may compute float32 in fewer digits
     sources = {f"source {id(net)}": net for net in [*source_of.values(), *nets["student"].values()]}
     student = f"source {id(next(iter(nets['student'].values())))}" if nets["student"] else "student"
@@ -63,7 +64,8 @@ def evaluate(
         timers |= {name: served[name].time for name in answered}
         times = measure.latency(timers, example)
 
-    def row(name: str, net: nn.Module, size: int) -> tables.Row:
+    def row(name: str, net: nn.Module, size: int, shares: tuple[float, float] | None = None) -> tables.Row:
+        small, computed = shares or (int8_share(net), computed_share(net))
         scores = measure.scores(logits[name], labels, logits.get("teacher"), logits["student"])
         return tables.Row(
             name,
@@ -73,8 +75,8 @@ def evaluate(
             parameters=measure.parameters(net),
             macs=measure.macs(net, example),
             bytes=size,
-            int8_share=int8_share(net),
-            int8_computed=computed_share(net),
+            int8_share=small,
+            int8_computed=computed,
         )
 
     rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
@@ -85,8 +87,11 @@ def evaluate(
         if name not in times:
             failures.append(f"{name}: its process died while its latency was measured")
         if torch.isfinite(logits[name]).all():
-            rows.append(row(name, net, measure.file_bytes(artifacts[name].path)))
-    return tables.compare(rows), list(dict.fromkeys(failures)), {row.name: logits[row.name] for row in rows}, labels
+            file = artifacts[name]
+            rows.append(row(name, net, measure.file_bytes(file.path), file.shares and file.shares(file.path)))
+    measured = {row.name: logits[row.name] for row in rows}
+    rows += [_unexecuted(file, source_of[name], example) for name, file in every.items() if file.elsewhere]
+    return tables.compare(rows), list(dict.fromkeys(failures)), measured, labels
 
 
 @torch.no_grad()
@@ -105,10 +110,24 @@ def unlike(small: nn.Module, net: nn.Module, data: Data, bounds: Mapping) -> lis
     return parity.difference(logits["small"], logits["net"], "the float student", logits["net"], bounds, labels)
 
 
+def _unexecuted(file: Artifact, net: nn.Module, example: Tensor) -> tables.Row:
+    """What can be said of a file that does not run on this machine."""
+    small, computed = file.shares(file.path) if file.shares else (int8_share(net), computed_share(net))
+    return tables.Row(
+        file.path.name,
+        format=file.format,
+        parameters=measure.parameters(net),
+        macs=measure.macs(net, example),
+        bytes=measure.file_bytes(file.path),
+        int8_share=small,
+        int8_computed=computed,
+    )
+
+
 def _bounds(file: Artifact, net: nn.Module, tolerance: Mapping) -> Mapping:
     """Those of float32, and of int8 where the runtime has PyTorch's kernels; or those of numbers that are rounded."""
     kinds = stored(net).keys()
-    return tolerance["rounding" if kinds & HALF or (file.rounds and kinds & COMPUTED) else "file"]
+    return tolerance["rounding" if kinds & HALF or file.halves or (file.rounds and kinds & COMPUTED) else "file"]
 
 
 def _as_shipped(net: nn.Module, answer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -82,10 +82,15 @@ def difference(
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader should know of files that may ship: one that is of another student, or larger or much slower than
-    the float student's of the same format."""
+    """What a reader should know of files that may ship: one that is of another student, was not executed, or is larger
+    or much slower than the float student's of the same format."""
     floats = {row.format: row for row in rows if row.format != "eager" and Path(row.name).stem == "student"}
     told = [f"{name} is stale: it was made from a student that has changed since" for name in stale(rows)]
+    told += [
+        f"{row.name} was not executed here, where its runtime does not run: its structure was read back and checked"
+        for row in rows
+        if row.format != "eager" and row.top1 is None
+    ]
     for row in rows:
         plain = floats.get(row.format)
         if plain is None or row.name == plain.name:

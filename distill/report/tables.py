@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from distill.errors import UserError
+from distill.files import size as bytes_of
 from distill.progress import plain, say, screen_width
 from distill.runs.tables import read_report
 
@@ -124,7 +125,7 @@ def unmeasured(rows: Sequence[Row], folder: Path) -> list[str]:
 def _is_still(name: str, folder: Path, size: float | None) -> bool:
     """Whether a file of the report is in the folder: by a name without signs, which may stand in a program's text."""
     path = folder / name
-    return bool(re.fullmatch(r"\w[\w.-]*", name)) and path.is_file() and path.stat().st_size == size
+    return bool(re.fullmatch(r"\w[\w.-]*", name)) and path.exists() and bytes_of(path) == size
 
 
 # columns of the terminal's table, those first that go first where there is no room for all

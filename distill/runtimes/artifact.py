@@ -21,17 +21,21 @@ Model = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> logits (N
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported file.
+    """An exported file, or a folder of files that belong together.
 
     `load(path)` opens it in its own runtime, on as many threads as torch then has, and raises UserError where it
     can't. It is a function of a module, so that another process can import it (distill/runtimes/serve.py).
     """
 
-    format: str  # "torchscript", "lite", "executorch", "onnx", "torch_export"
+    format: str  # "torchscript", "lite", "executorch", "onnx", "torch_export", "litert", "openvino", "coreml"
     path: Path
     flow: str  # which quantization the runtime executes: distill.compress.flows
     load: Callable[[Path], Model]
     rounds: bool = False  # in int8 kernels of its own: an int8 file equals its source but for roundings
+    # of its learned numbers, the shares in [0, 1] stored and computed in int8, as the file says; None: as its network
+    shares: Callable[[Path], tuple[float, float | None]] | None = None
+    halves: bool = False  # floats are float16 in it: an exact file equals its source but for roundings
+    elsewhere: str = ""  # why this machine can't execute it: "Core ML runs on macOS and iOS only"
 
     def run(self, images: Tensor) -> Tensor:
         """The file's answer, in this process: images (N, C, H, W) in [0, 1] to logits (N, K)."""
@@ -82,27 +86,36 @@ def read_zipped(path: Path, ending: str, kinds: str) -> dict:
         raise UserError(f"{path} has no readable {name}: expected a {kinds} that distill exported") from error
 
 
-def write(path: Path, data: bytes, proof: Callable[[Path], None] = lambda temporary: None) -> None:
+Content = bytes | Mapping[str, bytes]  # of a file, or of the files of a folder by their paths in it
+
+
+def write(path: Path, data: Content, proof: Callable[[Path], None] = lambda temporary: None) -> None:
     """Writes all of `data` or nothing: an earlier file stays whole when the disk is full.
 
     Args:
+        path: of the file or folder.
         proof: is shown the new file before it takes its place, and raises where it may not.
 
     Raises:
         UserError: the file cannot be written.
     """
+    parts = data if isinstance(data, Mapping) else {"": data}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
-            temporary.write_bytes(data)
+            for name, content in parts.items():
+                part = temporary / name
+                part.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(content)
             proof(temporary)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {reason}; an earlier file is unchanged") from error
+        size = sum(map(len, parts.values()))
+        raise UserError(f"cannot write {path} ({size:,} bytes): {reason}; an earlier file is unchanged") from error
 
 
 def publish(
-    file: Artifact, data: bytes, net: nn.Module, example: Tensor, place: Callable[[str], str] = lambda said: ""
+    file: Artifact, data: Content, net: nn.Module, example: Tensor, place: Callable[[str], str] = lambda said: ""
 ) -> None:
     """`write`, but only what runs: the new file answers one image and another batch, and not otherwise than `net`.
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from distill.errors import UserError
+from distill.files import size
 from distill.runtimes.coverage import is_quantized, stored
 from distill.types import Batch
 
@@ -198,4 +199,4 @@ _MEDIAN_P95 = torch.tensor([0.5, 0.95], dtype=torch.float64)
 
 
 def file_bytes(path: Path) -> int:
-    return Path(path).stat().st_size
+    return size(path)

@@ -64,6 +64,18 @@ def test_an_exporters_missing_package_is_told_before_the_teacher_is_trained(trai
     assert "fitting" not in told.out
 
 
+def test_an_exporters_package_that_wants_an_older_torch_is_told_before_the_teacher_is_trained(
+    train, tmp_path, capfd, monkeypatch
+):
+    wants = ["torch<2.1,>=1.9", 'numpy<1; extra == "more"', "numpy", "not-there<1"]
+    monkeypatch.setattr(rehearsal, "requires", lambda package: wants if package == "onnxscript" else None)
+    words = [word for word in TRAINS if not word.startswith(("stages", "export"))]
+    assert train(*words, "export=[onnx]", cwd=tmp_path) == 1
+    told = capfd.readouterr()
+    assert re.search(r"export=onnx: onnxscript \S+ needs torch<2.1,>=1.9, and 2\S+ is installed: pip install", told.err)
+    assert "fitting" not in told.out
+
+
 def test_trying_changes_no_bit(train, tmp_path, monkeypatch):
     assert train(*TRAINS, "loss=[ce,kd,fitnet]", cwd=tmp_path) == 0
     monkeypatch.setattr(rehearsal, "rehearse", lambda *given: None)

@@ -2,11 +2,11 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from photos import program
 from sets import fake
 
 from distill.export import deploy
@@ -31,14 +31,11 @@ def rows(tmp_path) -> list[Row]:
     return made
 
 
-def program(folder: Path, title: str) -> str:
-    text = (folder / "README.md").read_text()
-    (section,) = (part for part in text.split("\n## ")[1:] if part.startswith(f"{title}\n"))
-    return section.partition("```python\n")[2].partition("```")[0]
-
-
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("mode, sides", [("RGB", (93, 60)), ("RGBA", (40, 71)), ("P", (61, 45)), ("L", (150, 77))])
+@pytest.mark.parametrize(
+    "mode, sides",
+    [("RGB", (93, 60)), ("RGBA", (40, 71)), ("P", (61, 45)), ("L", (150, 77)), ("CMYK", (90, 50)), ("I;16", (70, 50))],
+)
 @pytest.mark.parametrize("size", [16, (16, 28)])
 def test_a_program_prepares_a_photo_as_the_toolkit_does(rows, tmp_path, monkeypatch, size, mode, sides, orientation):
     """Turned, transparent, of odd sides: like `read` and `CenterCrop`."""
@@ -56,19 +53,23 @@ def test_a_program_prepares_a_photo_as_the_toolkit_does(rows, tmp_path, monkeypa
         (waves[..., None] + rng.normal(0, 20, (sides[1], sides[0], 3))).clip(0, 255).astype(np.uint8)
     )
     options = {"transparency": 3} if mode == "P" else {}
-    image = image.convert(mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256 + 99)
+    else:
+        image = image.convert(mode)
     if mode == "RGBA":
         image.putalpha(Image.linear_gradient("L").resize(sides))
     exif = Image.Exif()
     exif[274] = orientation
-    image.save(tmp_path / "photo.png", exif=exif, **options)
+    file = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
+    image.save(file, exif=exif, **options)
     prepare = program(tmp_path, "ONNX Runtime").partition("import onnxruntime")[0]
     assert "torch" not in prepare
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["program.py", "photo.png"])
+    monkeypatch.setattr(sys, "argv", ["program.py", file.name])
     found = {}
     exec(prepare, found)
-    wanted = CenterCrop()([tensor(read(tmp_path / "photo.png"))], torch.empty(1, 0), data.image_size)
+    wanted = CenterCrop()([tensor(read(file))], torch.empty(1, 0), data.image_size)
     difference = np.abs(found["images"] * 255 - wanted.numpy()).max()
     assert difference <= 2, difference  # two libraries' rounding of an antialiased resize
 
@@ -108,9 +109,38 @@ def test_the_apps_triangles_are_pillows_bilinear(wanted):
 def test_a_file_that_failed_is_in_no_program(rows, data, tmp_path):
     deploy.write_readme(rows, data, tmp_path, ["student-int8.onnx: logits differ by up to 3"])
     text = (tmp_path / "README.md").read_text()
-    assert "| student-int8.onnx | onnx | 30 | no: see the report |" in text
+    assert "| student-int8.onnx | onnx | – | 30 | – | no: see the report |" in text
     assert '"student.onnx"' in program(tmp_path, "ONNX Runtime") and '"student-int8.pte"' in program(
         tmp_path, "ExecuTorch"
     )
     deploy.write_readme(rows, data, tmp_path, [f"{row.name}: x" for row in rows])
     assert "```" not in (tmp_path / "README.md").read_text()
+
+
+def test_the_table_has_the_reports_figures_and_a_line_says_when_to_ship_each_file(data, tmp_path):
+    made = []
+    for name, format, top1, latency, size in (
+        ("student.onnx", "onnx", 0.9, 2.0, 100),
+        ("student-int8.onnx", "onnx", 0.875, 1.0, 30),
+        ("student.tflite", "litert", 0.9, 1.5, 100),
+        ("student.mlpackage", "coreml", None, None, 60),
+        ("bad.onnx", "onnx", 0.95, 0.5, 10),
+    ):
+        (tmp_path / name).write_bytes(bytes(size))
+        made.append(Row(name, format=format, top1=top1, latency_ms=latency, bytes=size))
+    deploy.write_readme(made, data, tmp_path, ["bad.onnx: logits differ by up to 3"])
+    text = (tmp_path / "README.md").read_text()
+    assert "| student-int8.onnx | onnx | 87.50% | 30 | 1.00 | yes |" in text
+    assert "| student.mlpackage | coreml | – | 60 | – | not executed here |" in text
+    lines = [line for line in text.splitlines() if line.startswith("- ")]
+    assert [line.partition(":")[0] for line in lines] == [
+        *("- student-int8.onnx", "- student.mlpackage", "- student.onnx", "- student.tflite")
+    ]
+    assert lines[0].endswith("with ONNX Runtime; of these the smallest and the fastest")
+    assert lines[2].endswith("; of these the most accurate") and lines[3].endswith("that use LiteRT")
+
+
+def test_every_format_has_its_program_and_its_use():
+    assert deploy.SECTIONS.keys() == deploy.WHEN.keys()
+    for section in deploy.SECTIONS.values():
+        assert section.count("PREPARE\n") == section.count("ANSWER\n") == section.count("```python") == 1
