@@ -7,11 +7,11 @@ import pandas as pd
 
 from distill.errors import UserError
 from distill.files import atomic
-from distill.report.tables import MISSING
+from distill.report.tables import MISSING, drawn, fitted
 from distill.runs import sweeps, tables, verdict
 from distill.runs.tables import summarised
 
-FIGURES = {  # columns under their short heads, and how they are written: the last go first for want of room
+FIGURES = {  # columns under their short heads, and how they are written
     "student top-1": ("student %", lambda value: f"{100 * value:.2f}"),
     "gain": ("gain", lambda value: f"{100 * value:+.2f}"),
     "file top-1": ("file %", lambda value: f"{100 * value:.2f}"),
@@ -20,6 +20,9 @@ FIGURES = {  # columns under their short heads, and how they are written: the la
     "student alone top-1": ("alone %", lambda value: f"{100 * value:.2f}"),
     "file": ("smallest file", str),
 }
+
+
+DROPPED = ("smallest file", "alone %", "ms", "file %", "kB", "gain")  # in this order, where there is no room for all
 
 
 def read(root: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -69,31 +72,34 @@ def over_seeds(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def terminal(table: pd.DataFrame, width: int) -> str:
+    """The table in at most so many columns of text."""
+    return drawn(fitted(list(zip(*grid(table), strict=True)), width, DROPPED), width)
+
+
 def grid(table: pd.DataFrame) -> list[list[str]]:
-    """Heads, then a row of texts for each run: what the sweep varies, then FIGURES, as far as any run has them."""
-    keys = [key for key in dict.fromkeys(key for folder in table["folder"] for key in tables.swept(Path(folder)))]
-    short = sweeps.shortened(keys)
-    named = {key: (short[key], str) for key in keys if key in table} or {"run": ("run", str)}
-    columns = {**named, **{key: value for key, value in FIGURES.items() if key in table and table[key].notna().any()}}
-    rows = [
-        [MISSING if _absent(row[key]) else write(row[key]) for key, (_, write) in columns.items()]
-        for _, row in table.iterrows()
-    ]
-    return [[head for head, _ in columns.values()], *rows]
+    """Heads, then a row of texts for each run: a column for each option that the sweep varies, or the run's name and
+    what it has apart; its status where not all are done; then FIGURES, as far as any run has them."""
+    keys = dict.fromkeys(key for folder in table.get("folder", ()) for key in tables.swept(Path(folder)))
+    short = sweeps.shortened([key for key in keys if key in table])
+    heads = {key: [head, *map(_text, table[key])] for key, head in short.items()}
+    if not heads:
+        names = zip(table["run"], differing(table), strict=True)
+        heads = {"run": ["run", *(f"{run} {words}".rstrip() for run, words in names)]}
+    if (table["status"] != "done").any():
+        heads["status"] = ["status", *map(str, table["status"])]
+    for key, (head, write) in FIGURES.items():
+        if key in table and table[key].notna().any():
+            heads[key] = [head, *(MISSING if _absent(value) else write(value) for value in table[key])]
+    return [list(row) for row in zip(*heads.values(), strict=True)]
+
+
+def _text(value) -> str:
+    return MISSING if _absent(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _absent(value) -> bool:
     return value is None or value != value  # not a number
-
-
-def text_of(grid: list[list[str]], width: int) -> list[str]:
-    """The lines of a table of at most `width` columns: the last columns that don't fit are left out."""
-    columns = list(zip(*grid, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    while len(columns) > 1 and sum(widths) + 2 * (len(widths) - 1) > width:
-        columns, widths = columns[:-1], widths[:-1]
-    rows = ([cell.rjust(size) for cell, size in zip(row, widths, strict=True)] for row in zip(*columns, strict=True))
-    return ["  ".join(row) for row in rows]
 
 
 def markdown(grid: list[list[str]]) -> list[str]:

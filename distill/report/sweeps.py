@@ -39,7 +39,7 @@ def finish(root: Path) -> bool:
     done = table[table["status"] == "done"] if len(table) else table
     said = [*damaged, *jobs.over_seeds(done), *trials.told(root)]
     lines = [f"{len(done)} of {len(table) + len(sweeps.unstarted(root))} jobs are done, in {root}"]
-    lines += jobs.text_of(jobs.grid(done), screen_width(160)) if len(done) else []
+    lines += [jobs.terminal(done, min(160, screen_width(160)))] if len(done) else []
     lines += [*said, *(f"failed: {name}: {error}" for name, error in failed.items())]
     lines += (
         [f"{asked.again(*sweeps.again(root))} tries them again"] if failed and (root / sweeps.FILE).exists() else []

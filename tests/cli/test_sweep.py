@@ -15,7 +15,7 @@ from distill.cli.command import _flags_first
 from distill.cli.sweep import abandoned, placed
 from distill.errors import UsageError
 from distill.files import CONF, read_json
-from distill.report.jobs import over_seeds, text_of
+from distill.report.jobs import over_seeds
 from distill.runs import tables
 from distill.runs.sweeps import FILE, ROOT, job_name
 
@@ -137,13 +137,6 @@ def test_jobs_are_not_repeated_and_failed_ones_are_told_apart(train, tmp_path, c
     again = capfd.readouterr().out
     assert again.count("done before: ") == 1 and "distill:" not in again.partition("failed:")[0].partition("#1")[0]
     assert (root / "kd.temperature=2/student.safetensors").stat().st_mtime_ns == weights
-
-
-def test_the_table_leaves_out_what_does_not_fit():
-    grid = [["seed", "student %", "gain"], ["0", "98.14", "+3.20"]]
-    assert text_of(grid, 80) == ["seed  student %   gain", "   0      98.14  +3.20"]
-    assert text_of(grid, 20) == ["seed  student %", "   0      98.14"]
-    assert text_of(grid, 1) == ["seed", "   0"]
 
 
 def test_only_runs_that_differ_in_the_seed_alone_are_pooled():

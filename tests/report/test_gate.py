@@ -167,7 +167,7 @@ def test_a_format_that_cannot_hold_it_is_one_line_and_the_others_go_on(network, 
     nets = {"student": exporting.for_all(cast(network.plain(), dtype="bfloat16"), exporters)}
     files, failures = exporting.export(nets, exporters, tmp_path, data, {})
     assert [file.path.name for file in files["student"]] == ["student.pt", "student.ptl"]
-    assert failures[0] == "student: ZeroDivisionError: integer division or modulo by zero"
+    assert failures[0].endswith("student: ZeroDivisionError: integer division or modulo by zero")
     assert failures[1].startswith("student: ") and "onnx" in failures[1] and len(failures) == 2
 
 
