@@ -17,6 +17,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # train.py
 
 
+SLOW = {line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if line and not line.startswith("#")}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of tests/slow.txt, and those that aren't run by default, are slow."""
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in SLOW or item.get_closest_marker("faults") or item.get_closest_marker("matrix"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))

@@ -68,9 +68,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise DamagedError(f"{path} is empty: copy or download it again")
     try:
         content = _with_extra_states(_checked(path, load_file(path))) if _is_safetensors(path) else _unpickle(path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of bytes that are no pickle torch's reader raises whatever it stumbles over
         raise DamagedError(
             f"{path} is broken, or neither safetensors nor a torch file: copy or download it again"
         ) from error

@@ -76,6 +76,11 @@ WHOLE = {
 }
 
 
+def cells(names, first=("resnet8", "mobilenet_v3_small", "deit_tiny")) -> list:
+    """The networks, of which all but the first ones belong to the matrix that is tried weekly."""
+    return [name if name in first else pytest.param(name, marks=pytest.mark.matrix) for name in names]
+
+
 def pooled(channels: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
 
@@ -105,7 +110,7 @@ def decibels(found: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BLOCKS | WHOLE)
+@pytest.mark.parametrize("name", cells([*BLOCKS, *(name for name in WHOLE if name not in BLOCKS)]))
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_float_file_answers_like_its_network(tmp_path, format, name):
     net, images = settled((BLOCKS | WHOLE)[name])
@@ -117,7 +122,7 @@ def test_a_float_file_answers_like_its_network(tmp_path, format, name):
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", cells(BLOCKS))
 @pytest.mark.parametrize("flow", flows.FLOWS)
 def test_a_static_int8_file_is_as_near_to_the_float_network_as_its_source(tmp_path, flow, name):
     """Not: as near to its source. The roundings of another kernel are other roundings, and many layers amplify them,

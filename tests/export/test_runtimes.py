@@ -13,7 +13,7 @@ import pytest
 import torch
 from photos import photos, program, said, wanted
 from sets import fake
-from test_export_architectures import BLOCKS, WHOLE, decibels, settled
+from test_export_architectures import BLOCKS, WHOLE, cells, decibels, settled
 from torch import nn
 
 from distill import export as exporting
@@ -69,7 +69,7 @@ def small():
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", cells(NETWORKS))
 @pytest.mark.parametrize("format", EXPORTERS)
 def test_a_float_file_answers_like_its_network(tmp_path, format, name):
     net, images = settled(NETWORKS[name])
@@ -81,7 +81,7 @@ def test_a_float_file_answers_like_its_network(tmp_path, format, name):
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", cells(NETWORKS))
 @pytest.mark.parametrize("format", INT8)
 def test_a_static_int8_file_is_as_near_to_the_float_network_as_its_source(tmp_path, format, name):
     net, images = settled(NETWORKS[name])
@@ -290,7 +290,7 @@ class TestCoreML:
     pytestmark = coreml
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", NETWORKS)
+    @pytest.mark.parametrize("name", cells(NETWORKS, ("mobilenet_v3_small",)))
     def test_every_network_is_converted_float_and_int8(self, tmp_path, name):
         net, images = settled(NETWORKS[name])
         module = exporter("coreml")
