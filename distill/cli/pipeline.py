@@ -20,7 +20,7 @@ def pipeline(cfg: DictConfig) -> None:
         from distill.export.deploy import write_readme
         from distill.networks.weights import content_hash
         from distill.progress import leads, say
-        from distill.report import diagnosis, page, parity, tables
+        from distill.report import diagnosis, page, parity, ship, tables
         from distill.report.details import details
         from distill.report.evaluate import evaluate
         from distill.runs import run, verdict
@@ -119,6 +119,8 @@ def pipeline(cfg: DictConfig) -> None:
                 say(line)
             for line in parity.remarks(rows):
                 say(f"remark: {line}")
+            for line in ship.advice(rows, failures + earlier, student.net, folder):
+                say(line)
             exported = ", export/" if any(files.values()) else ""
             say(f"{folder}: report.html, report.md, report.json, report.png{exported}")
         if failures:
