@@ -108,9 +108,9 @@ def pipeline(cfg: DictConfig) -> None:
             say(tables.table(rows))  # first: the disk may be full
             setbacks = divergence.told(job.record.get("setbacks", ()))
             context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
-            page.write(
-                rows, folder, context, failures + earlier, helped, figures, details(logits, labels, data), metrics
-            )
+            shipping = ship.advice(rows, failures + earlier, student.net, folder)
+            found = details(logits, labels, data)
+            page.write(rows, folder, context, failures + earlier, helped, figures, found, metrics, shipping)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             for logger in loggers:
@@ -119,7 +119,7 @@ def pipeline(cfg: DictConfig) -> None:
                 say(line)
             for line in parity.remarks(rows):
                 say(f"remark: {line}")
-            for line in ship.advice(rows, failures + earlier, student.net, folder):
+            for line in shipping:
                 say(line)
             exported = ", export/" if any(files.values()) else ""
             say(f"{folder}: report.html, report.md, report.json, report.png{exported}")

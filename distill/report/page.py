@@ -50,6 +50,7 @@ def write(
     figures: Figures | None = None,
     details: Mapping | None = None,
     metrics: pd.DataFrame | None = None,
+    shipping: Sequence[str] = (),
 ) -> None:
     """Writes report.json, report.md, report.png and report.html into `folder`, and details.json where there are
     details, each whole or not at all.
@@ -61,6 +62,7 @@ def write(
         figures: of which the report tells what is remarkable.
         details: see distill.report.details.
         metrics: by epoch, see distill.runs.tables.curves.
+        shipping: which file to ship, see distill.report.ship.
 
     Raises:
         UserError: a file cannot be written.
@@ -70,6 +72,7 @@ def write(
     content = {
         "verdict": verdict and {"sentence": str(verdict), "shown": verdict.shown, **asdict(verdict)},
         "findings": found,
+        "ship": list(shipping),
         "figures": figures and asdict(figures),
         "rows": [asdict(row) for row in rows],
         "failures": list(failures),
@@ -82,7 +85,12 @@ def write(
     write_file(
         folder / "report.md",
         _markdown(
-            rows, context, failures, machine, [*([verdict] if verdict else []), *found], content["unmeasured"]
+            rows,
+            context,
+            failures,
+            machine,
+            [*([verdict] if verdict else []), *found, *shipping],
+            content["unmeasured"],
         ).encode(),
     )
     write_file(folder / "report.png", plot(rows))

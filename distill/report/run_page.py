@@ -105,7 +105,7 @@ def _verdict(content: Mapping) -> str:
     known = verdict.get("shown") is True and isinstance(gain, (int, float))
     kind = ("good" if gain > 0 else "bad") if known else ""
     line = verdict.get("sentence") or "no verdict: there is no student alone to compare with, or none was told"
-    found = content.get("findings") if isinstance(content.get("findings"), list) else []
+    found = [line for key in ("findings", "ship") if isinstance(content.get(key), list) for line in content[key]]
     told = f"<ul>{''.join(f'<li>{text(_sentence(each))}</li>' for each in found)}</ul>" if found else ""
     return f'<p class="verdict {kind}">{text(_sentence(line))}</p>{told}'
 
