@@ -48,8 +48,6 @@ def train():
                 program.main()
             except SystemExit as end:
                 return end.code or 0
-            finally:
-                torch.use_deterministic_algorithms(False)  # deterministic=true sets it for its process
         return 0
 
     return run

@@ -1,6 +1,7 @@
 """Training: Lightning's Trainer, checkpoints that survive a kill, exact resume, the best weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +28,17 @@ from distill.training.recipe import Recipe
 from distill.training.resume import MONITOR, Checkpoints, best_file, newest
 
 
+@contextmanager
+def _determinism_of_its_own() -> Iterator[None]:
+    """Lightning's deterministic=True is for good; what follows a training has operations without such a form."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@_determinism_of_its_own()
 def fit(
     network: Network,
     teacher: Teacher | None,
