@@ -194,17 +194,18 @@ class Search:
         return best, alone, lines
 
     def chosen(self, alive: Sequence[int]) -> tuple[int, str]:
-        """The best by validation accuracy, and in which words. The student alone has to be shown to be better: soft
-        targets take longer than a short training to pay."""
-        first = alive[0]
-        found = self.compared(first, self.usual)
-        if self.tried[first].alone and found.shown:
-            return first, f"nothing beats the student alone, {_ahead(found)}; that is what is trained and shipped"
-        best = next((each for each in alive if not self.tried[each].alone), first)
-        sentence = "nothing is ahead of it" if best == self.usual else _ahead(self.compared(best, self.usual))
-        if best != first:
-            sentence += f"; the student alone is {_ahead(found)}"
-        return best, sentence
+        """The best by validation accuracy where it is shown to be better than the configured way, else that; and in
+        which words. A lead by chance costs: DKD, ahead by 0.8 points in pilots of one epoch, lost a point in five."""
+        first, usual = alive[0], self.usual
+        if first == usual:
+            return usual, "as configured, which nothing is ahead of"
+        found = self.compared(first, usual)
+        if not found.shown:
+            return usual, f"as configured; {self.tried[first].name} is ahead, and not shown to be: {found.in_points()}"
+        if self.tried[first].alone:
+            sentence = "nothing beats the student alone, so that is what is trained and shipped"
+            return first, f"better than as configured by {found.in_points()}; {sentence}"
+        return first, f"better than as configured by {found.in_points()}"
 
     def compared(self, first: int, second: int) -> verdict.Verdict:
         """Two candidates of the last rung, on the validation images."""
@@ -274,12 +275,6 @@ class Search:
                 for row in rows
             ),
         ]
-
-
-def _ahead(found: verdict.Verdict) -> str:
-    """How far a candidate is ahead of the configured way."""
-    sure = "better than" if found.shown else "ahead of, but not shown to be better than,"
-    return f"{sure} as configured by {found.in_points()}"
 
 
 def squeezed(options: Mapping, factor: float) -> dict:

@@ -136,13 +136,13 @@ def search(right: dict[str, int], images: int = 200):
 @pytest.mark.parametrize(
     ("right", "chosen", "told"),
     [
-        ({"ce": 90, "as configured": 100, "dkd": 99}, "as configured", "nothing is ahead of it"),
-        ({"ce": 90, "as configured": 100, "dkd": 103}, "dkd", "ahead of, but not shown to be better than, as conf"),
+        ({"ce": 90, "as configured": 100, "dkd": 99}, "as configured", "which nothing is ahead of"),
+        ({"ce": 90, "as configured": 100, "dkd": 103}, "as configured", "dkd is ahead, and not shown to be: +1.5"),
         ({"ce": 90, "as configured": 100, "dkd": 130}, "dkd", "better than as configured by +15.0 points"),
-        ({"ce": 103, "as configured": 100, "dkd": 99}, "as configured", "the student alone is ahead of, but not shown"),
-        ({"ce": 130, "as configured": 100, "dkd": 120}, "ce", "nothing beats the student alone, better than"),
+        ({"ce": 103, "as configured": 100, "dkd": 99}, "as configured", "ce is ahead, and not shown to be"),
+        ({"ce": 130, "as configured": 100, "dkd": 120}, "ce", "nothing beats the student alone, so that is what"),
     ],
 )
-def test_the_best_is_taken_and_the_student_alone_where_it_is_shown(right, chosen, told):
+def test_what_is_shown_to_be_better_is_taken(right, chosen, told):
     best, sentence = search(right)
     assert best == chosen and told in sentence
