@@ -3,7 +3,7 @@
 
 
 def __getattr__(name):  # pandas is imported only when it is asked for
-    if name in ("summary", "curves", "models", "folders", "over_seeds"):
+    if name in ("summary", "curves", "models", "folders", "over_seeds", "SAME"):
         from distill.runs import tables
 
         return getattr(tables, name)

@@ -77,9 +77,9 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """One row for all finished runs of `summary` that differ in the seed alone, with means and standard deviations.
 
     Columns: those of SAME; seeds (as text), runs (their number), test images, mean and std of "student alone top-1" and
-    "student top-1", and of the gain the mean, its 95 % interval (low, high) and the p-value of no gain, of seeds alone
-    (see distill.runs.verdict.over_seeds), and the verdict in words. Shares in [0, 1]; of a single run std, interval and p are NaN. A seed that
-    was run twice counts once.
+    "student top-1"; of the gain the mean, its 95 % interval (low, high) and the p-value of no gain, over the seeds
+    alone (see distill.runs.verdict.over_seeds), and the verdict in words. Shares in [0, 1]; of a single run std, interval and
+    p are NaN. A seed that was run twice counts once.
     """
     import pandas as pd
 
