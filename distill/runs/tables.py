@@ -78,8 +78,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: those of SAME; seeds (as text), runs (their number), test images, mean and std of "student alone top-1" and
     "student top-1"; of the gain the mean, its 95 % interval (low, high) and the p-value of no gain, over the seeds
-    alone (see distill.runs.verdict.over_seeds), and the verdict in words. Shares in [0, 1]; of a single run std, interval and
-    p are NaN. A seed that was run twice counts once.
+    alone (see distill.runs.verdict.over_seeds), and the verdict in words. Shares in [0, 1]; of a single run std,
+    interval and p are NaN. A seed that was run twice counts once.
     """
     import pandas as pd
 
@@ -96,11 +96,11 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
         row |= {"seeds": ", ".join(str(int(seed)) for seed in runs["seed"]), "runs": len(runs), "test images": images}
         for name in ("student alone top-1", "student top-1"):
             row |= {f"{name} mean": runs[name].mean(), f"{name} std": runs[name].std()}
-        row["gain"] = runs["gain"].mean()
+        row |= {"gain": runs["gain"].mean(), "low": math.nan, "high": math.nan, "p": math.nan, "verdict": None}
         if len(runs) > 1:
             found = verdict.over_seeds(runs["gain"].tolist(), images)
             row |= {"low": found.low, "high": found.high, "p": found.p, "verdict": str(found)}
-        rows.append({"low": math.nan, "high": math.nan, "p": math.nan, "verdict": None} | row)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
