@@ -26,7 +26,8 @@ from distill.losses.terms import build_losses
 from distill.networks.build import build_network
 from distill.networks.network import Network
 from distill.networks.weights import serialised_bytes
-from distill.progress import leads
+from distill.progress import leads, say
+from distill.runs.records import STARTING_POINT
 from distill.teachers.base import Teacher
 from distill.teachers.committee import Committee
 from distill.teachers.ema import Ema
@@ -36,7 +37,9 @@ from distill.training.connect import connect
 from distill.training.fit import fit
 from distill.training.precision import teaching
 from distill.training.recipe import Recipe
+from distill.types import sides
 
+PHOTO, FEW = 128, 20_000  # px of the shorter side, and training images: what is better learned from given weights
 ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 ONE = {"limit_train_batches": 1, "limit_val_batches": 1, "accumulate_grad_batches": 1, **ALONE}
 
@@ -85,6 +88,8 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     if not leads():
         return None
     missing(cfg)
+    if line := unprepared(cfg, data):
+        say(f"  {line}")
     with contextlib.redirect_stdout(io.StringIO()):
         student, teacher = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), stand_in(cfg, data)
         kept = _kept(cfg, data, student, teacher)
@@ -100,6 +105,17 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     writes = _writes(cfg, folder, student, teacher, tried.checkpoints, kept, fits)
     room(writes)
     return tried, writes
+
+
+def unprepared(cfg: DictConfig, data: Data) -> str | None:
+    """A word on pretrained weights, where a few photos would be learned from nothing; None elsewhere."""
+    if min(sides(data.image_size)) < PHOTO or len(data.train) > FEW or any(map(cfg.student.get, STARTING_POINT)):
+        return None
+    return (
+        f"the student starts from random weights, which {len(data.train):,} photos teach little; pretrained ones learn "
+        "more from them: teacher=resnet50 teacher.weights=DEFAULT teacher.fit.epochs=3 student=mobilenet "
+        "student.weights=DEFAULT optimizer=adamw optimizer.lr=3e-4"
+    )
 
 
 def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data, recipe: Recipe, batches=1) -> Tried:

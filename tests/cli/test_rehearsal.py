@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from distill.cli import disk, rehearsal
@@ -62,6 +63,16 @@ def test_an_exporters_missing_package_is_told_before_the_teacher_is_trained(trai
     told = capfd.readouterr()
     assert "export=onnx needs onnx onnxscript onnxruntime: pip install onnxscript" in told.err
     assert "fitting" not in told.out
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "begins", "told"),
+    [(224, 210, None, True), (32, 210, None, False), (224, 50_000, None, False), (224, 210, "a.safetensors", False)],
+)
+def test_that_few_photos_want_pretrained_weights_is_told(size, images, begins, told):
+    cfg = OmegaConf.create({"student": {"checkpoint": begins}})
+    line = rehearsal.unprepared(cfg, SimpleNamespace(image_size=size, train=range(images)))
+    assert (line is not None) == told and (not told or "student.weights=DEFAULT" in line)
 
 
 def test_trying_changes_no_bit(train, tmp_path, monkeypatch):
