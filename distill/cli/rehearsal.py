@@ -5,7 +5,7 @@ import copy
 import gc
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ from distill.training.precision import teaching
 from distill.training.recipe import Recipe
 from distill.types import sides
 
-PHOTO, FEW = 128, 20_000  # px of the shorter side, and training images: what is better learned from given weights
+PHOTO, FEW, STEPS = 128, 20_000, 50  # px of the shorter side; images that teach random weights little; too few steps
 ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 ONE = {"limit_train_batches": 1, "limit_val_batches": 1, "accumulate_grad_batches": 1, **ALONE}
 
@@ -88,7 +88,7 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     if not leads():
         return None
     missing(cfg)
-    if line := unprepared(cfg, data):
+    for line in ill_prepared(cfg, data):
         say(f"  {line}")
     with contextlib.redirect_stdout(io.StringIO()):
         student, teacher = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), stand_in(cfg, data)
@@ -107,15 +107,22 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     return tried, writes
 
 
-def unprepared(cfg: DictConfig, data: Data) -> str | None:
-    """A word on pretrained weights, where a few photos would be learned from nothing; None elsewhere."""
-    if min(sides(data.image_size)) < PHOTO or len(data.train) > FEW or any(map(cfg.student.get, STARTING_POINT)):
-        return None
-    return (
-        f"the student starts from random weights, which {len(data.train):,} photos teach little; pretrained ones learn "
-        "more from them: teacher=resnet50 teacher.weights=DEFAULT teacher.fit.epochs=3 student=mobilenet "
-        "student.weights=DEFAULT optimizer=adamw optimizer.lr=3e-4"
-    )
+def ill_prepared(cfg: DictConfig, data: Data) -> Iterator[str]:
+    """A line on weights, and on steps, with which a few photos teach little; nothing elsewhere."""
+    if min(sides(data.image_size)) < PHOTO or len(data.train) > FEW:
+        return
+    if not any(map(cfg.student.get, STARTING_POINT)):
+        yield (
+            f"the student starts from random weights, which {len(data.train):,} photos teach little; pretrained ones "
+            "learn more from them: teacher=resnet50 teacher.weights=DEFAULT teacher.fit.epochs=3 student=mobilenet "
+            "student.weights=DEFAULT optimizer=adamw optimizer.lr=3e-4"
+        )
+    epochs, batches = cfg.trainer.max_epochs, max(1, len(data.train) // data.batch_size)
+    if epochs * batches < STEPS:
+        yield (
+            f"the student is trained for {epochs * batches} steps in all, {epochs} epochs of {batches}: smaller "
+            "batches (data.batch_size=16) or more epochs (trainer.max_epochs=N) make more of them"
+        )
 
 
 def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data, recipe: Recipe, batches=1) -> Tried:

@@ -66,13 +66,19 @@ def test_an_exporters_missing_package_is_told_before_the_teacher_is_trained(trai
 
 
 @pytest.mark.parametrize(
-    ("size", "images", "begins", "told"),
-    [(224, 210, None, True), (32, 210, None, False), (224, 50_000, None, False), (224, 210, "a.safetensors", False)],
+    ("size", "images", "begins", "batch", "told"),
+    [
+        (224, 210, None, 64, ["random weights", "15 steps in all, 5 epochs of 3"]),
+        (224, 210, "a.safetensors", 16, []),
+        (224, 50_000, None, 64, []),
+        (32, 210, None, 64, []),
+    ],
 )
-def test_that_few_photos_want_pretrained_weights_is_told(size, images, begins, told):
-    cfg = OmegaConf.create({"student": {"checkpoint": begins}})
-    line = rehearsal.unprepared(cfg, SimpleNamespace(image_size=size, train=range(images)))
-    assert (line is not None) == told and (not told or "student.weights=DEFAULT" in line)
+def test_what_teaches_little_of_a_few_photos_is_told(size, images, begins, batch, told):
+    cfg = OmegaConf.create({"student": {"checkpoint": begins}, "trainer": {"max_epochs": 5}})
+    data = SimpleNamespace(image_size=size, train=range(images), batch_size=batch)
+    lines = [*rehearsal.ill_prepared(cfg, data)]
+    assert len(lines) == len(told) and all(part in line for part, line in zip(told, lines, strict=True))
 
 
 def test_trying_changes_no_bit(train, tmp_path, monkeypatch):
