@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from distill import compress as steps_of
 from distill import export as exporters_of
 from distill.api.session import session
-from distill.cli import build, roles, words
+from distill.cli import build, pilots, roles, words
 from distill.data.base import Data, Split
 from distill.data.prepare import preparation
 from distill.errors import UsageError, UserError
 from distill.export.deploy import write_readme
 from distill.files import scratch
 from distill.networks.fold import copied
+from distill.networks.network import Network
 from distill.networks.student import Compressed, Student
 from distill.report import evaluate as measured
-from distill.runs.records import continued
+from distill.runs.records import continued, read_record
+from distill.runs.run import Run
 from distill.runtimes import measure
 from distill.runtimes.artifact import Artifact
 from distill.types import in_px
@@ -158,6 +160,28 @@ def export(
         if failures:
             raise UserError("; ".join(failures))
     return files[name]
+
+
+def opened(folder: Path, trust: bool) -> tuple[dict[str, Network], Data]:
+    """The networks that a run's report measures, by name, and its images; nothing is trained or written.
+
+    Raises:
+        UserError: see distill.api.run.Run.
+    """
+    said = [f"run={words.quoted(str(folder))}", "stages=[report]", *(["trust=true"] if trust else [])]
+    with session(said) as cfg:
+        cfg, own = continued(folder, said[1:2], trust, trust)
+        found, record = build.data(cfg.data), read_record(folder, trust)
+        networks = {"student": Run(folder, cfg, record).student()}
+        if not record.get("given"):
+            teacher = roles.teacher(cfg, found)
+            cfg, alone, found = pilots.settle(cfg, own, teacher, found, folder)
+            networks = {
+                **({"teacher": teacher.network} if teacher.fixed else {}),
+                **({"student alone": roles.student_alone(*alone)} if cfg.baseline else {}),
+                **networks,
+            }
+    return networks, found
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from distill.errors import UsageError, UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from distill.data.base import Data
+    from distill.networks.network import Network
     from distill.networks.student import Student
 
 SEVERAL = "several devices train in processes of their own, which only a command can start: distill {} …"
@@ -47,6 +49,31 @@ class Run:
         from distill.runs.student import load_student
 
         return load_student(self.folder, self.trust)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The report's networks by name ("teacher", "student alone", "student"; those that the run has), on the CPU, to
+        look into: images (N, 3, H, W) in [0, 1] to `logits` (N, K) and the `features` named by `record`.
+
+        Raises:
+            UserError: one isn't trained yet, its file is damaged, or `trust` would have to allow it.
+        """
+        return self._opened[0]
+
+    @property
+    def data(self) -> Data:
+        """The run's images, `train`, `val` and `test`, with its loaders.
+
+        Raises:
+            UserError: they can't be read, or `trust` would have to allow their class.
+        """
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[dict[str, Network], Data]:
+        from distill.api.model import opened
+
+        return opened(self.folder, self.trust)
 
     @property
     def report(self) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import copy
 import gc
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -28,7 +28,8 @@ from distill.losses.terms import build_losses
 from distill.networks.build import build_network
 from distill.networks.network import Network
 from distill.networks.weights import serialised_bytes
-from distill.progress import leads
+from distill.progress import leads, say
+from distill.runs.records import STARTING_POINT
 from distill.teachers.base import Teacher
 from distill.teachers.committee import Committee
 from distill.teachers.ema import Ema
@@ -38,7 +39,9 @@ from distill.training.connect import connect
 from distill.training.fit import fit
 from distill.training.precision import teaching
 from distill.training.recipe import Recipe
+from distill.types import sides
 
+PHOTO, FEW, STEPS = 128, 20_000, 50  # px of the shorter side; images that teach random weights little; too few steps
 ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 ONE = {"limit_train_batches": 1, "limit_val_batches": 1, "accumulate_grad_batches": 1, **ALONE}
 
@@ -87,6 +90,8 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     if not leads():
         return None
     missing(cfg)
+    for line in ill_prepared(cfg, data):
+        say(f"  {line}")
     with contextlib.redirect_stdout(io.StringIO()):
         student, teacher = build_network(cfg.student, data.num_classes, data.image_size, cfg.seed), stand_in(cfg, data)
         kept = _kept(cfg, data, student, teacher)
@@ -102,6 +107,24 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     writes = _writes(cfg, folder, student, teacher, tried.checkpoints, kept, fits)
     room(writes)
     return tried, writes
+
+
+def ill_prepared(cfg: DictConfig, data: Data) -> Iterator[str]:
+    """A line on weights, and on steps, with which a few photos teach little; nothing elsewhere."""
+    if min(sides(data.image_size)) < PHOTO or len(data.train) > FEW:
+        return
+    if not any(map(cfg.student.get, STARTING_POINT)):
+        yield (
+            f"the student starts from random weights, which {len(data.train):,} photos teach little; pretrained ones "
+            "learn more from them: teacher=resnet50 teacher.weights=DEFAULT teacher.fit.epochs=3 student=mobilenet "
+            "student.weights=DEFAULT optimizer=adamw optimizer.lr=3e-4"
+        )
+    epochs, batches = cfg.trainer.max_epochs, max(1, len(data.train) // data.batch_size)
+    if epochs * batches < STEPS:
+        yield (
+            f"the student is trained for {epochs * batches} steps in all, {epochs} epochs of {batches}: smaller "
+            "batches (data.batch_size=16) or more epochs (trainer.max_epochs=N) make more of them"
+        )
 
 
 def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data, recipe: Recipe, batches=1) -> Tried:

@@ -8,7 +8,7 @@ import pandas as pd
 from distill.errors import UserError
 from distill.files import atomic
 from distill.report.tables import MISSING, drawn, fitted
-from distill.runs import sweeps, tables, verdict
+from distill.runs import sweeps, tables
 from distill.runs.tables import summarised
 
 FIGURES = {  # columns under their short heads, and how they are written
@@ -52,23 +52,18 @@ def differing(table: pd.DataFrame) -> list[str]:
 
 def over_seeds(table: pd.DataFrame) -> list[str]:
     """A line for all runs of `distill.runs.summary` that differ in the seed alone: means, deviations, verdict."""
-    lines = []
-    if "gain" not in table:
+    pooled, lines = tables.over_seeds(table), []
+    if pooled.empty:
         return lines
     shared = set.intersection(*(set(options.split()) for options in table["options"]))
     shared = shared if table["options"].nunique() > 1 else set()
-    for options, runs in table[table["status"] == "done"].dropna(subset=["gain"]).groupby("options", sort=False):
-        runs = runs.drop_duplicates("seed").sort_values("seed")
-        if len(runs) < 2:
-            continue
-        found = verdict.over_seeds(runs["gain"].tolist(), int(runs["test images"].iloc[0]))
+    for _, row in pooled[pooled["runs"] > 1].iterrows():
         scores = ", ".join(
-            f"{name} {100 * runs[f'{name} top-1'].mean():.2f} ± {100 * runs[f'{name} top-1'].std():.2f} %"
+            f"{name} {100 * row[f'{name} top-1 mean']:.2f} ± {100 * row[f'{name} top-1 std']:.2f} %"
             for name in ("student alone", "student")
         )
-        seeds = ", ".join(str(int(seed)) for seed in runs["seed"])
-        named = " ".join(word for word in options.split() if word not in shared) or "default"
-        lines.append(f"{named}, seeds {seeds} (mean ± standard deviation): {scores}; {found}")
+        named = " ".join(word for word in row["options"].split() if word not in shared) or "default"
+        lines.append(f"{named}, seeds {row['seeds']} (mean ± standard deviation): {scores}; {row['verdict']}")
     return lines
 
 

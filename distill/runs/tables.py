@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 100 * MOST  # bytes of a file of metrics
+SAME = ["teacher", "student", "data", "loss", "options"]  # of runs that differ in nothing but their seed
 TEXTS = ("name", "format", "measured", "command", "student")  # of a report's row
 
 
@@ -70,6 +71,37 @@ def summarised(folder: Path) -> dict:
             row |= {"file": smallest["name"], "file top-1": smallest["top1"]}
             row |= {"bytes": smallest["bytes"], "latency_ms": smallest.get("latency_ms")}
     return row
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for all finished runs of `summary` that differ in the seed alone, with means and standard deviations.
+
+    Columns: those of SAME; seeds (as text), runs (their number), test images, mean and std of "student alone top-1" and
+    "student top-1"; of the gain the mean, its 95 % interval (low, high) and the p-value of no gain, over the seeds
+    alone (see distill.runs.verdict.over_seeds), and the verdict in words. Shares in [0, 1]; of a single run std,
+    interval and p are NaN. A seed that was run twice counts once.
+    """
+    import pandas as pd
+
+    from distill.runs import verdict
+
+    if "gain" not in table:
+        return pd.DataFrame()
+    same, rows = [key for key in SAME if key in table], []
+    done = table[table["status"] == "done"].dropna(subset=["gain"])
+    for values, runs in done.groupby(same, sort=False, dropna=False):
+        runs = runs.drop_duplicates("seed").sort_values("seed")
+        images = int(runs["test images"].iloc[0])
+        row = dict(zip(same, values, strict=True))
+        row |= {"seeds": ", ".join(str(int(seed)) for seed in runs["seed"]), "runs": len(runs), "test images": images}
+        for name in ("student alone top-1", "student top-1"):
+            row |= {f"{name} mean": runs[name].mean(), f"{name} std": runs[name].std()}
+        row |= {"gain": runs["gain"].mean(), "low": math.nan, "high": math.nan, "p": math.nan, "verdict": None}
+        if len(runs) > 1:
+            found = verdict.over_seeds(runs["gain"].tolist(), images)
+            row |= {"low": found.low, "high": found.high, "p": found.p, "verdict": str(found)}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def smallest_file(rows: list[dict]) -> dict | None:

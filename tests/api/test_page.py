@@ -7,6 +7,7 @@ import re
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -51,6 +52,9 @@ def test_every_block_runs(photos, served_here, monkeypatch):
                 assert student.classes == ("cat", "dog", "owl") and student.image_size == 16
                 assert [path.suffix for path in run.files].count(".pt") == 2
                 assert "<table" in run._repr_html_() and run.verdict.replace("&", "") in run._repr_html_()
+                assert [*run.networks] == ["teacher", "student alone", "student"]
+                images = run.data.test[[0, 1], 0].images
+                assert torch.allclose(run.networks["student"](images).logits, student(images), rtol=1e-4)
                 measured = space["distill"].evaluate(student)
                 for column in ("top1", "top1_error", "macro", "ece"):  # the report's own figures
                     assert measured[column] == run.report.loc["student", column]

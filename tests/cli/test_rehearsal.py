@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from distill.cli import disk, rehearsal
@@ -74,6 +75,22 @@ def test_an_exporters_package_that_wants_an_older_torch_is_told_before_the_teach
     told = capfd.readouterr()
     assert re.search(r"export=onnx: onnxscript \S+ needs torch<2.1,>=1.9, and 2\S+ is installed: pip install", told.err)
     assert "fitting" not in told.out
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "begins", "batch", "told"),
+    [
+        (224, 210, None, 64, ["random weights", "15 steps in all, 5 epochs of 3"]),
+        (224, 210, "a.safetensors", 16, []),
+        (224, 50_000, None, 64, []),
+        (32, 210, None, 64, []),
+    ],
+)
+def test_what_teaches_little_of_a_few_photos_is_told(size, images, begins, batch, told):
+    cfg = OmegaConf.create({"student": {"checkpoint": begins}, "trainer": {"max_epochs": 5}})
+    data = SimpleNamespace(image_size=size, train=range(images), batch_size=batch)
+    lines = [*rehearsal.ill_prepared(cfg, data)]
+    assert len(lines) == len(told) and all(part in line for part, line in zip(told, lines, strict=True))
 
 
 def test_trying_changes_no_bit(train, tmp_path, monkeypatch):
