@@ -11,7 +11,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 from PIL import Image
@@ -69,6 +73,7 @@ class Wandb:
     """A run of Weights & Biases; `tell` is told where it is offline."""
 
     def __init__(self, tell: Callable[[str], None], folder: Path, name: str, cfg: dict, project: str):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry holds up the end, offline too
         import wandb as w
 
         self.wandb, self.tell = w, tell
@@ -76,16 +81,33 @@ class Wandb:
             w.init,
             settings=w.Settings(silent=True, init_timeout=PATIENCE - 2, finish_timeout=PATIENCE - 2),
             **{"dir": folder, "name": name, "project": project, "group": _sweep(folder), "config": cfg},
-            **{"id": _number(folder, "wandb/id"), "resume": "allow", "reinit": "create_new"},
+            **{
+                "id": os.environ.get("WANDB_RUN_ID") or _number(folder, "wandb/id"),
+                "resume": "allow",
+                "reinit": "create_new",
+            },
         )
         try:
-            key = w.login(prompt=False, verify=False)
-            self.run = begin(mode=os.environ.get("WANDB_MODE") or ("online" if key else "offline"))
+            self.run = begin(mode=os.environ.get("WANDB_MODE") or ("online" if self._ready() else "offline"))
         except w.errors.Error as error:
             tell(f"wandb: no answer ({' '.join(str(error).split())[:80]}); logging offline")
             w.teardown()
             self.run = begin(mode="offline")
         self.run.define_metric("*", step_metric="step")
+
+    def _ready(self) -> bool:
+        """Whether there is a key, and a server that answers. It is asked here first: where it doesn't answer, whatever
+        wandb itself asks keeps this process from ending for long."""
+        url = self.wandb.setup().settings.base_url
+        if not _has_key(url):
+            return False
+        try:
+            with suppress(HTTPError):  # an answer, too
+                urlopen(url, timeout=PATIENCE / 2).close()
+        except OSError as error:
+            self.tell(f"wandb: no answer from {url} ({getattr(error, 'reason', error)}); logging offline")
+            return False
+        return bool(self.wandb.login(prompt=False, verify=False))
 
     def log_metrics(self, values: Mapping[str, float], step: int | None) -> None:
         self.run.log({**values, "step": step})
@@ -217,6 +239,15 @@ class MLflow:
 
     def close(self, failed: bool) -> None:
         self.client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
+
+
+def _has_key(url: str) -> bool:
+    """Whether `wandb login`, or WANDB_API_KEY, left one for this server."""
+    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    with suppress(OSError, NetrcParseError):
+        if file.is_file() and netrc(file).authenticators(urlsplit(url).hostname):
+            return True
+    return bool(os.environ.get("WANDB_API_KEY"))
 
 
 def _allowed(name: str) -> str:
