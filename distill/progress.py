@@ -12,12 +12,14 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks, in its order
+# numbers of this process among all, among those of its machine, and of its machine among all, as torchrun, srun,
+# Lightning and jsrun set them; which of them are set, and which by hand, differs
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "GROUP_RANK")
 
 
 def leads() -> bool:
     """Whether this process is the first of its run: the one that speaks and writes where several train together."""
-    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
+    return all(int(os.environ.get(name) or 0) == 0 for name in RANKS)
 
 
 def say(line: str) -> None:

@@ -1,7 +1,7 @@
 """From configuration to objects: with train.py and the other files of this room all that reads `cfg`."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from distill.data.findings import uneven
 from distill.errors import UsageError
 from distill.own import place_of, prefixed
 from distill.progress import few, leads, say
+from distill.report.made import Made
+from distill.training.trackers import Tracker
 from distill.types import in_px, plain_values
 
 LOADING = ("batch_size", "num_workers")  # options of conf/data that are the loaders', not the image set's
@@ -80,10 +82,22 @@ def reloaders(cfg: DictConfig) -> dict[str, Callable]:
 def loggers(cfg: DictConfig, folder: Path) -> Iterator[list]:
     """The loggers besides the CSV files, of the process that leads; closed at the end."""
     recorded, opened = plain_values(cfg), []
+    failed = True
     try:
         for options in cfg.logger.values() if leads() else ():
             opened.append(instantiate(options, _partial_=True)(folder=folder, name=cfg.name, cfg=recorded))
         yield opened
+        failed = False
     finally:
-        for logger in opened:
-            (logger.experiment.finish if hasattr(logger.experiment, "finish") else logger.experiment.close)()
+        for tracker in _trackers(opened):
+            tracker.close(failed)
+
+
+def report(loggers: Iterable, made: Made) -> None:
+    """Tell the trackers among the loggers, where others may be a user's own, what the run has made."""
+    for tracker in _trackers(loggers):
+        tracker.report(made)
+
+
+def _trackers(loggers: Iterable) -> list[Tracker]:
+    return [logger for logger in loggers if isinstance(logger, Tracker)]

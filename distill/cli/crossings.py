@@ -11,8 +11,8 @@ from distill.schema.values import Problem, nearest
 _VALIDATED = "validation follows every epoch, because it chooses what ships"
 _OURS = "training here has its own, which make that it can be killed anywhere"
 REFUSED = {  # options of Lightning's Trainer, and why
-    "callbacks": f"{_OURS}; logger=[wandb] and logger=[tensorboard] take the figures elsewhere",
-    "logger": "choose logger=[wandb] or logger=[tensorboard]; CSV files are always written",
+    "callbacks": f"{_OURS}; logger=[wandb], [tensorboard] or [mlflow] takes the figures elsewhere",
+    "logger": "choose logger=[wandb], [tensorboard] or [mlflow]; CSV files are always written",
     "plugins": _OURS,
     "max_steps": "give trainer.max_epochs, the schedule's length; +trainer.limit_train_batches=N shortens an epoch",
     "min_steps": "give trainer.max_epochs",

@@ -185,7 +185,7 @@ class Trainer:
     accelerator: Accelerator
     strategy: Strategy
     devices: Devices
-    num_nodes: Count
+    num_nodes: Annotated[Count | Literal["auto"], Field(description="a whole number of at least 1, or auto")]
     precision: Precision
     max_epochs: Annotated[int, Ge(1), Field(description=Whole.format(1))]
     min_epochs: Number | None

@@ -23,6 +23,7 @@ def pipeline(cfg: DictConfig) -> None:
         from distill.report import diagnosis, page, parity, ship, tables
         from distill.report.details import details
         from distill.report.evaluate import evaluate
+        from distill.report.made import made_by
         from distill.runs import run, verdict
         from distill.runs.tables import curves
         from distill.training import divergence
@@ -109,12 +110,12 @@ def pipeline(cfg: DictConfig) -> None:
             setbacks = divergence.told(job.record.get("setbacks", ()))
             context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
             shipping = ship.advice(rows, failures + earlier, student.net, folder)
-            found = details(logits, labels, data)
-            page.write(rows, folder, context, failures + earlier, helped, figures, found, metrics, shipping)
+            about = details(logits, labels, data)
+            page.write(rows, folder, context, failures + earlier, helped, figures, about, metrics, shipping)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
-            for logger in loggers:
-                page.log(logger, rows, folder)
+            if loggers:
+                build.report(loggers, made_by(rows, folder, about, *roles.taught_by(cfg, teacher, data)))
             for line in [*([helped] if helped else []), *diagnosis.findings(figures)]:
                 say(line)
             for line in parity.remarks(rows):

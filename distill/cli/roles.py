@@ -187,6 +187,17 @@ def given(cfg: DictConfig, data: Data) -> tuple[Network, dict]:
     return network, {"given": {"epoch": 0, "accuracy": accuracy, "state": copied(network.net.state_dict())}}
 
 
+def taught_by(cfg: DictConfig, teacher: Teacher | None, data: Data) -> tuple[str | None, list[Path]]:
+    """The hash of a fixed teacher's weights, and the files that they are in; None for one that learned along."""
+    if not isinstance(teacher, Frozen):
+        return None, []
+    files = (
+        one.kept(cfg, data) if one.recipe.epochs > 0 else Path(one.described.checkpoint or "")
+        for one in teachers(cfg, data)
+    )
+    return teacher.fingerprint, [file for file in files if file.is_file()]
+
+
 def student_alone(cfg: DictConfig, data: Data) -> Network:
     """The student trained on the labels alone with the same budget: what distillation is measured against."""
     return _fit_once(cfg, baseline(cfg, data), data)

@@ -73,7 +73,8 @@ def _ready(name: str, argv: list[str]) -> list[str]:
 
 def _apart(argv: list[str]) -> list[str]:
     """Jobs that train on several processes need one of their own: each of them would begin a sweep."""
-    several = any(word.startswith(("trainer.devices=", "trainer.strategy=", "trainer.num_nodes=")) for word in argv)
+    options = ("trainer=", "trainer.devices=", "trainer.strategy=", "trainer.num_nodes=")
+    several = any(word.startswith(options) and word != "trainer=default" for word in argv)
     given = any(word.startswith(LAUNCHER) for word in argv)
     return [f"{LAUNCHER}processes"] if several and not given else []
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill import signals
 from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip, chain
-from distill.data.batches import EpochBatches, ViewBatches
+from distill.data.batches import EpochBatches, InOrder, ViewBatches
 from distill.data.draws import draws
 from distill.data.files import CorruptImage, Encoded, check
 from distill.data.pack import Packed, pack, read_small
@@ -177,17 +177,17 @@ class Data:
         split = replace(self.train, seed=view_seed)
         return self._loader(split, ViewBatches(len(self.train), self.batch_size, views))
 
-    def val_loader(self) -> DataLoader:
+    def val_loader(self, shared: bool = False) -> DataLoader:
         """Every validation image, see `in_order`."""
-        return self.in_order(self.val)
+        return self.in_order(self.val, shared)
 
     def test_loader(self) -> DataLoader:
         """Every test image, see `in_order`."""
         return self.in_order(self.test)
 
-    def in_order(self, split: Split) -> DataLoader:
-        """Every image of a split once, in order and in every process, in batches twice as large."""
-        return self._loader(split, _in_order(len(split), 2 * self.batch_size))
+    def in_order(self, split: Split, shared: bool = False) -> DataLoader:
+        """Every image of a split once, in order, in batches twice as large: in every process, or `shared` by them."""
+        return self._loader(split, InOrder(len(split), 2 * self.batch_size, shared))
 
     def _loader(self, split: Split, sampler) -> DataLoader:
         return DataLoader(
@@ -200,10 +200,6 @@ class Data:
             timeout=WAIT if self.num_workers else 0,
             pin_memory=torch.cuda.is_available() and not getattr(split.images, "is_cuda", False),
         )
-
-
-def _in_order(size: int, batch_size: int) -> list[tuple[list[int], int]]:
-    return [(rows.tolist(), 0) for rows in torch.arange(size).split(batch_size)]
 
 
 def from_arrays(

@@ -16,13 +16,13 @@ import math
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.errors import UserError
 from distill.losses.base import Loss
 from distill.losses.relations import unit
+from distill.processes import gather, numbered
 from distill.schema.ranges import BelowOne, Count, Positive, Seed
 
 
@@ -41,15 +41,6 @@ def crd(scores: Tensor, log_z: Tensor, rows: int) -> Tensor:
 def first_log_z(scores: Tensor, rows: int) -> Tensor:
     """log (n · mean exp(scores)) of one batch, the mean over all processes."""
     return (gather(scores.exp().mean()[None]).mean() * rows).log()
-
-
-def gather(values: Tensor) -> Tensor:
-    """The rows of all processes, in their order: (N, ...) to (N · processes, ...), without gradient."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values.detach()
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.detach().contiguous())
-    return torch.cat(parts)
 
 
 class CRD(Loss):
@@ -131,9 +122,8 @@ class CRD(Loss):
     @torch.no_grad()
     def draw(self, index: Tensor, labels: Tensor) -> Tensor:
         """Rows of the training set (N, 1 + M): the positive, then M of other classes, uniformly."""
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         generator = torch.Generator(index.device)
-        generator.manual_seed(((self.seed * 1_000_003 + rank) * 1_000_000_007 + int(self.batches)) % 2**63)
+        generator.manual_seed(((self.seed * 1_000_003 + numbered()[0]) * 1_000_000_007 + int(self.batches)) % 2**63)
         uniform = torch.rand(
             len(index), 1 + self.negatives, generator=generator, device=index.device, dtype=torch.float64
         )

@@ -15,10 +15,10 @@ script. E is counted here in images seen, a checkpointed buffer, against the siz
 import math
 
 import torch
-import torch.distributed as distributed
 from torch import Tensor, nn
 
 from distill.losses.logits import LogitLoss, soft_kl
+from distill.processes import numbered
 from distill.schema.ranges import NotNegative, Positive
 
 
@@ -66,8 +66,7 @@ class CTKD(LogitLoss):
         self.rows = len(data.train)
 
     def compare(self, student_logits, teacher_logits, batch) -> Tensor:
-        processes = distributed.get_world_size() if distributed.is_initialized() else 1
-        epoch = 1 + self.seen * processes // self.rows
+        epoch = 1 + self.seen * numbered()[1] // self.rows
         if self.training:
             self.seen += len(student_logits)
         strength = reversal(epoch, self.epochs)

@@ -107,18 +107,6 @@ def _unmeasured(rows: list[Row], failures: Sequence[str], folder: Path) -> list[
     return [f"{name} is in export/ and was not measured: the command that wrote it did not report" for name in names]
 
 
-def log(logger, rows: list[Row], folder: Path) -> None:
-    """Sends the figures and the plot that `write` made to a Lightning logger."""
-    figures = {f"report/{row.name}/{key}": value for row in rows for key, value in asdict(row).items()}
-    logger.log_metrics({key: value for key, value in figures.items() if isinstance(value, (int, float))})
-    if hasattr(logger, "log_image"):  # Weights & Biases
-        logger.log_image("report", [str(folder / "report.png")])
-    else:  # TensorBoard
-        from matplotlib.pyplot import imread
-
-        logger.experiment.add_image("report", imread(folder / "report.png"), dataformats="HWC")
-
-
 def environment() -> dict[str, str | int]:
     """The machine and the versions that the figures were measured with."""
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
@@ -112,14 +113,16 @@ def _fit(
         parameters=recipe.parameters,
     )
     loader = data.resident(device).train_loader(recipe.seed, **views)
+    if trainer.world_size > 1:
+        say(f"  {trainer.world_size} processes of {data.batch_size} images each: {_step(data, trainer)} a step")
     resume = None
-    if found := newest(checkpoints, recipe.restart):
+    if found := newest(checkpoints, recipe.restart, trainer.world_size):
         resume, (epoch, batch) = found
         loader.sampler.resume_at(epoch, batch)
         say(f"  continuing after {epoch} epochs and {batch} of {len(loader)} batches")
     try:
         with signals.held():
-            trainer.fit(module, loader, data.val_loader(), ckpt_path=resume, weights_only=True)
+            trainer.fit(module, loader, data.val_loader(shared=True), ckpt_path=resume, weights_only=True)
     except SystemExit as end:  # Lightning's answer to Ctrl-C, where no command line handles it
         raise KeyboardInterrupt if trainer.interrupted else end from None
     except OSError as error:  # of a log, which does not say where
@@ -137,6 +140,11 @@ def _fit(
     network.net.load_state_dict(chosen[recipe.select]["state"])
     network.record(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in
     return chosen
+
+
+def _step(data: Data, trainer: Trainer) -> int:
+    """Images of all processes in a step of the optimizer."""
+    return data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def copied(state: Mapping) -> dict:

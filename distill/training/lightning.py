@@ -1,14 +1,17 @@
 """Lightning's Trainer as it is used here."""
 
 import logging
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hydra.utils import instantiate
 from pytorch_lightning import Trainer
 
+from distill.errors import UserError
 from distill.networks.network import Network
-from distill.training.precision import precision
+from distill.progress import leads
+from distill.training.precision import on_cpu, precision
 from distill.training.recipe import Recipe
 from distill.training.resume import AtomicCheckpoints
 
@@ -25,8 +28,8 @@ def optimizer(recipe: Recipe, precision: str) -> Callable:
 def trainer(recipe: Recipe, network: Network, callbacks: list, loggers: list) -> Trainer:
     """The Trainer that trains `network`."""
     quiet()
-    return instantiate(
-        dict(recipe.trainer),
+    made = instantiate(
+        {**recipe.trainer, **_processes(recipe.trainer)},
         _convert_="all",
         precision=precision(recipe.trainer["precision"], recipe.trainer["accelerator"], network),
         max_epochs=recipe.epochs,
@@ -38,6 +41,32 @@ def trainer(recipe: Recipe, network: Network, callbacks: list, loggers: list) ->
         enable_model_summary=False,
         enable_progress_bar=False,  # there is one in Lines
     )
+    if made.world_size == 1 and not leads():
+        raise UserError(
+            "this process is not the first of its run, and the run trains on one: start it once, or with "
+            "trainer=ddp, or trainer=multinode"
+        )
+    return made
+
+
+def _processes(options: Mapping) -> dict:
+    """Devices and nodes where "auto" leaves them to what started this process: srun, or torchrun."""
+    around, found = os.environ, {}
+    torchrun = {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= {*around}
+    if options.get("num_nodes") == "auto":
+        if torchrun:
+            found["num_nodes"] = int(around["WORLD_SIZE"]) // int(around["LOCAL_WORLD_SIZE"])
+        elif "SLURM_NNODES" in around:
+            found["num_nodes"] = int(around["SLURM_NNODES"])
+        else:
+            raise UserError(
+                "trainer.num_nodes=auto: neither torchrun nor srun started this process: start it by one of them, or "
+                "say how many nodes there are (trainer.num_nodes=2, and NODE_RANK, MASTER_ADDR, MASTER_PORT on each)"
+            )
+    local = around.get("LOCAL_WORLD_SIZE") if torchrun else around.get("SLURM_NTASKS_PER_NODE")
+    if local and options["devices"] == "auto" and on_cpu(options["accelerator"]) and options["strategy"] != "auto":
+        found["devices"] = int(local)  # a processor is one device, whoever shares it
+    return found
 
 
 def quiet() -> None:

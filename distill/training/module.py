@@ -15,6 +15,7 @@ from distill.errors import UsageError
 from distill.losses.base import Loss, terms_of
 from distill.losses.weight import weight_at
 from distill.networks.network import Network
+from distill.processes import gather
 from distill.progress import say
 from distill.teachers.base import Teacher
 from distill.training.divergence import Diverged
@@ -187,22 +188,25 @@ class Distill(pl.LightningModule):
         return dict(zip([*self.terms, "loss"], self.sums[:-1] / self.sums[-1], strict=True))
 
     def on_train_epoch_end(self) -> None:
-        self.log_dict({f"train/{name}": mean for name, mean in self.means().items()}, sync_dist=True)
+        self.log_dict({f"train/{name}": mean for name, mean in self.means().items()}, sync_dist=True)  # the processes'
         if self.asks:
             self._log_teacher("train", self.taught)
         self.log("lr", rate(self.trainer.optimizers[0]))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """The sums of all processes in each of them, so that their mean goes on rightly whoever reads it. Raises
-        Diverged instead of keeping weights that are not finite."""
+        """The sums of each process, (processes, …). Raises Diverged instead of keeping weights that are not finite."""
         self._check(weights=True)
-        checkpoint["sums"] = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="mean").cpu()
-        checkpoint["taught"] = self.trainer.strategy.reduce(self.taught.clone(), reduce_op="mean").cpu()
+        checkpoint["sums"] = gather(self.sums[None]).cpu()
+        checkpoint["taught"] = gather(self.taught[None]).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         earlier = checkpoint["state_dict"].pop("sums", None)  # of a run that began when they were a buffer
-        self.sums = checkpoint.get("sums", earlier)
-        self.taught = checkpoint.get("taught", self.taught)
+        self.sums = self._own(checkpoint.get("sums", earlier))
+        self.taught = self._own(checkpoint.get("taught", self.taught))
+
+    def _own(self, sums: Tensor) -> Tensor:
+        """This process's; earlier versions kept the mean of all."""
+        return sums[self.global_rank] if sums.dim() == 2 else sums
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self.shipped(batch.images).logits.float()
@@ -227,8 +231,9 @@ class Distill(pl.LightningModule):
             self.examined = torch.zeros_like(self.examined)
 
     def _log_teacher(self, images: str, sums: Tensor) -> None:
-        for name, value in zip(("accuracy", "confidence"), sums[:2] / sums[2], strict=True):
-            self.log(f"{images}/teacher_{name}", value, sync_dist=True)
+        right, sure, count = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        self.log(f"{images}/teacher_accuracy", right / count)
+        self.log(f"{images}/teacher_confidence", sure / count)
 
 
 def known(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from distill import signals
-from distill.errors import DamagedError, UserError
+from distill.errors import DamagedError, UsageError, UserError
 from distill.files import atomic
 from distill.networks.weights import read_state, refuse_packed, save_weights
 from distill.progress import leads, say
@@ -70,24 +70,35 @@ def read(path: Path) -> dict:
         raise DamagedError(f"{path} is damaged ({type(error).__name__})") from error
 
 
-def newest(folder: Path, restart: bool) -> tuple[Path, tuple[int, int]] | None:
+def newest(folder: Path, restart: bool, processes: int = 1) -> tuple[Path, tuple[int, int]] | None:
     """The newest whole checkpoint in `folder` and its `position`; None where training begins. Damaged ones are said.
 
     Args:
-        restart: begin anew where there are checkpoints and none is whole.
+        restart: begin anew where there are checkpoints and none is whole, or none of so many processes.
+        processes: that train together now.
 
     Raises:
         DamagedError: none is whole, more than an epoch would be lost, and `restart` is false.
+        UsageError: another number of processes trained, and `restart` is false: which images make up a step, and the
+            rate's schedule, depend on it.
     """
     paths = [path for name in (NEW, LAST, BEFORE) if (path := folder / name).exists()]
     for path in paths:
         try:
             checkpoint = read(path)
             _check_best(folder, checkpoint)
-            found = position(checkpoint)
+            found, before = position(checkpoint), checkpoint.get("processes", processes)
         except (DamagedError, KeyError) as error:
             say(f"  warning: {error if isinstance(error, DamagedError) else f'{path} lacks {error}'}")
         else:
+            if before != processes and not restart:
+                raise UsageError(
+                    f"{folder}: this training began with {_counted(before)}, and there {_are(processes)} now: go on "
+                    f"with {before} (trainer.devices, trainer.num_nodes), or add restart=true to train from the start"
+                )
+            if before != processes:
+                say(f"  it began with {_counted(before)}, and there {_are(processes)} now: training from the start")
+                return None
             if path != paths[0]:
                 say(f"  the checkpoint before it is whole: {path}")
             return path, found
@@ -99,6 +110,14 @@ def newest(folder: Path, restart: bool) -> tuple[Path, tuple[int, int]] | None:
     if paths:
         say("  no checkpoint is whole: training from the start")
     return None
+
+
+def _counted(processes: int) -> str:
+    return f"{processes} process{'' if processes == 1 else 'es'}"
+
+
+def _are(processes: int) -> str:
+    return f"is {processes}" if processes == 1 else f"are {processes}"
 
 
 def _check_best(folder: Path, checkpoint: dict) -> None:
@@ -196,7 +215,7 @@ class Checkpoints(Checkpoint):
         self._write_table()
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
-        checkpoint["stopped"] = trainer.should_stop
+        checkpoint["stopped"], checkpoint["processes"] = trainer.should_stop, trainer.world_size
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         trainer.should_stop = checkpoint.get("stopped", False)  # early stopping's decision

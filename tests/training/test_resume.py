@@ -205,6 +205,7 @@ def test_two_processes_that_are_terminated_save_and_go_on(folder):
     ended, said = run(folder, "run=outputs/pair2")
     assert ended == 0 and re.search(r"continuing after 1 epochs and [1-9] of", said)
     assert_same_bits(folder / "outputs" / "pair", left)
+    assert (left / TABLE).read_text() == (folder / "outputs" / "pair" / TABLE).read_text()
 
 
 def test_a_second_interrupt_leaves_at_once_and_a_storm_of_terminations_does_not(folder, whole):
