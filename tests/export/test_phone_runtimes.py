@@ -150,7 +150,7 @@ def test_what_a_runtime_lacks_is_named_with_its_layer(tmp_path, format, capfd):
     net = nn.Sequential(nn.Identity(), Unknown()).eval()
     with pytest.raises(UserError, match=r"does not know the operator .*bessel_j0.* \(layer 1, Unknown\): replace"):
         exporter(format).export(net, torch.rand(2, 3, 4, 4), tmp_path / "net", {})
-    with pytest.raises(UserError, match=r"Branch cannot be exported to .*test_runtimes.py:\d+"):
+    with pytest.raises(UserError, match=r"Branch cannot be exported to .*test_phone_runtimes.py:\d+"):
         exporter(format).export(Branch().eval(), torch.rand(2, 3, 4, 4), tmp_path / "net", {})
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr().out == ""
