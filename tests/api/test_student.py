@@ -97,7 +97,7 @@ def test_an_image_in_memory_is_the_file_without_loss(tmp_path):
         (torch.zeros(3, 4, 4, dtype=torch.int64), "of uint8, or of floating point"),
         (Image.new("F", (8, 8)), "floating-point values have no range"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_what_is_no_image_is_told(image, told):
     with pytest.raises(UserError, match=told):
