@@ -99,7 +99,8 @@ def _unused(folder: str) -> str:
 
 def groups() -> set[str]:
     """What a word without a dot chooses from."""
-    return {entry.name for entry in os.scandir(CONF) if entry.is_dir()} | {"teacher", "student"}
+    folders = {entry.name for entry in os.scandir(CONF) if entry.is_dir()}
+    return (folders | {"teacher", "student"}) - {"sweep"}  # its files are words of command lines
 
 
 def is_group(override: str, choices) -> bool:
