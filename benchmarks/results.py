@@ -5,14 +5,38 @@ python -m benchmarks.results
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import yaml
 from scipy.stats import spearmanr
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "docs" / "results.md"
+PAGE, README = FOLDER.parent / "docs" / "results.md", FOLDER.parent / "README.md"
+SHOWN = ("teacher", "student alone", "student", "student-dynamic_int8.ptl", "student.ptl")  # of the default job
 METHODS = "tiny resnet8 5 methods"
+
+
+def digits(report: dict) -> str:
+    """The default job's models, and its verdict."""
+    lines = [
+        "| model | top-1 % | agrees with teacher % | ECE | kB | latency ms | stored, computed in int8 % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    by_name = {row["name"]: row for row in report["rows"]}
+    for row in map(by_name.get, SHOWN):
+        cells = [
+            row["name"],
+            f"{100 * row['top1']:.2f} ±{100 * row['top1_error']:.2f}",
+            f"{100 * row['teacher_agreement']:.1f}",
+            f"{row['ece']:.3f}",
+            f"{row['bytes'] / 1000:,.0f}",
+            f"{row['latency_ms']:.2f}",
+            f"{100 * row['int8_share']:.0f}, {100 * row['int8_computed']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    told = textwrap.wrap(f"Its verdict: {report['verdict']['sentence']}.", 118)
+    return "\n".join([*lines, "", *told])
 
 
 def gain(found: dict, settings: dict) -> str:
@@ -74,18 +98,29 @@ def difference(row: dict) -> tuple[str, str]:
     return f"{100 * row['gain']:+.1f}", f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
 
 
-def written(text: str) -> str:
-    """The page with its tables as the files have them."""
-    found = json.loads((FOLDER / "gain.json").read_text(encoding="utf-8"))["found"]
-    settings = yaml.safe_load((FOLDER / "gain.yaml").read_text(encoding="utf-8"))["settings"]
-    for make in (gain, methods):
-        mark = make.__name__
-        pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
-        made = make(found, settings)
-        text, count = re.subn(pattern, lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text, flags=re.S)
-        assert count == 1, f"{PAGE} has no marks for {mark}"
+def placed(text: str, mark: str, made: str) -> str:
+    """`text` with what is `made` between its marks."""
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+    text, count = re.subn(pattern, lambda match: f"{match[1]}{made}\n{match[2]}", text, flags=re.S)
+    assert count == 1, f"there are no marks for {mark}"
     return text
 
 
+def read(name: str) -> dict:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def pages() -> dict[Path, str]:
+    """The pages with their tables as the files have them."""
+    found = read("gain.json")["found"]
+    settings = yaml.safe_load((FOLDER / "gain.yaml").read_text(encoding="utf-8"))["settings"]
+    results = PAGE.read_text(encoding="utf-8")
+    for make in (gain, methods):
+        results = placed(results, make.__name__, make(found, settings))
+    readme = placed(README.read_text(encoding="utf-8"), "digits", digits(read("digits.json")))
+    return {PAGE: results, README: readme}
+
+
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")

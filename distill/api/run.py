@@ -104,7 +104,7 @@ class Run:
     def files(self) -> list[Path]:
         """What was exported, for phones and other runtimes."""
         listed = (self.folder / "export" / name for name in self.report.index)
-        return sorted(path for path in listed if path.is_file())
+        return sorted(path for path in listed if path.exists())
 
     def _read(self) -> dict:
         from distill.runs.tables import read_report

@@ -106,7 +106,7 @@ def _written(
     exporter: Callable, net: nn.Module, example: torch.Tensor, stem: Path, metadata: Mapping
 ) -> list[Artifact]:
     files = exporter(net, example, stem, metadata)
-    if not isinstance(files, list) or not all(isinstance(file, Artifact) and file.path.is_file() for file in files):
+    if not isinstance(files, list) or not all(isinstance(file, Artifact) and file.path.exists() for file in files):
         raise UsageError(f"export answers with {files!r:.60}: expected a list of Artifacts, whose files are there")
     return files
 

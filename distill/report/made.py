@@ -38,7 +38,7 @@ def made_by(rows: list[Row], folder: Path, details: Mapping, teacher: str | None
     """Of the run whose report is in `folder`; `details` as in distill.report.details, the rest as in Made."""
     rows = ordered(rows)
     head, *table = cells(rows, short=False)
-    exported = [path for row in rows if (path := folder / "export" / row.name).is_file()]
+    exported = [path for row in rows if (path := folder / "export" / row.name).exists()]
     worst = [
         (
             base64.b64decode(each["picture"].partition(",")[2]),

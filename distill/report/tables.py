@@ -12,7 +12,7 @@ from distill.progress import plain, say, screen_width
 from distill.runs.tables import read_report
 
 ORDER = ("teacher", "student alone", "student", "student (last epoch)")  # then the files, by name
-SUFFIXES = (".pt", ".ptl", ".pte", ".onnx", ".pt2")  # of files that are exported
+SUFFIXES = (".pt", ".ptl", ".pte", ".tflite", ".onnx", ".openvino", ".mlpackage", ".pt2")  # of files that are exported
 MISSING = "–"
 
 
@@ -118,7 +118,7 @@ def stale(rows: Sequence[Row]) -> list[str]:
 def unmeasured(rows: Sequence[Row], folder: Path) -> list[str]:
     """The exported files in the folder that no row is of: made by a command that did not report."""
     names = {row.name for row in rows}
-    files = (path.name for path in folder.glob("student*") if path.suffix in SUFFIXES and path.is_file())
+    files = (path.name for path in folder.glob("student*") if path.suffix in SUFFIXES)
     return sorted(name for name in files if name not in names)
 
 

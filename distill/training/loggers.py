@@ -131,7 +131,8 @@ class Wandb:
             about["teacher"] = self._teacher(made)
         student = w.Artifact(f"student-{self.run.id}", "model", metadata=about)
         for path in made.files:
-            student.add_file(str(path), name=path.relative_to(made.folder).as_posix())
+            add = student.add_dir if path.is_dir() else student.add_file
+            add(str(path), name=path.relative_to(made.folder).as_posix())
         self.run.log_artifact(student)
 
     def _teacher(self, made: Made) -> str:

@@ -176,10 +176,14 @@ def test_weight_only_int8_rounds_every_layer_but_those_skipped():
 
 
 def test_the_chain_hands_everything_to_each_step():
-    def step(net, finetune, data, flow):
-        return [*net, (finetune, data, flow)]
+    given = []
 
-    assert compress.chain({"a": step, "b": step}, [], 1, 2, "onnx") == [(2, 1, "onnx")] * 2
+    def step(net, finetune, data, flow):
+        given.append((finetune, data, flow))
+        return nn.Sequential(net)
+
+    made = compress.chain({"a": step, "b": step}, nn.Identity(), 1, 2, "onnx")
+    assert given == [(2, 1, "onnx")] * 2 and isinstance(made[0][0], nn.Identity)
 
 
 class Halves(nn.Module):
