@@ -27,7 +27,7 @@ ROOMS = (  # from the user down to the ground; imports point downwards only
         "losses",
         "schema",
     ),
-    *("locks", "files", "progress", "signals", "types", "asked", "called", "own", "errors"),
+    *("locks", "files", "processes", "progress", "signals", "types", "asked", "called", "own", "errors"),
 )
 
 

@@ -26,6 +26,7 @@ def test_only_the_ground_lies_loose():
         "files",
         "locks",
         "own",
+        "processes",
         "progress",
         "signals",
         "types",

@@ -14,8 +14,7 @@ from distill.data.findings import uneven
 from distill.errors import UsageError
 from distill.own import place_of, prefixed
 from distill.progress import few, leads, say
-from distill.report.made import Made
-from distill.training.trackers import Tracker
+from distill.training.trackers import Made, Tracker
 from distill.types import in_px, plain_values
 
 LOADING = ("batch_size", "num_workers")  # options of conf/data that are the loaders', not the image set's

@@ -2,36 +2,12 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from distill.report.tables import Row, cells, ordered
 from distill.runs.student import STUDENT
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a run has made, in its `folder`.
-
-    Attributes:
-        figures: by model or file, what was measured of it: numbers.
-        head, table: of the report, texts.
-        confused: [class, answer, images] of the student on the test images, the most frequent where classes are many.
-        worst: PNG or JPEG and a caption of the images that the student got wrong, being most sure.
-        files: the student's weights, and what was exported.
-        teacher: hash of the weights; None: it learned along.
-        taught_by: files of the teacher's weights.
-    """
-
-    folder: Path
-    figures: Mapping[str, Mapping[str, float]]
-    head: Sequence[str]
-    table: Sequence[Sequence[str]]
-    confused: Sequence[tuple[str, str, int]]
-    worst: Sequence[tuple[bytes, str]]
-    files: Sequence[Path]
-    teacher: str | None
-    taught_by: Sequence[Path]
+from distill.training.trackers import Made
 
 
 def made_by(rows: list[Row], folder: Path, details: Mapping, teacher: str | None, taught_by: Sequence[Path]) -> Made:

@@ -22,12 +22,11 @@ from PIL import Image
 
 from distill.errors import UserError
 from distill.files import atomic
-from distill.report.made import Made
-from distill.runs import sweeps
-from distill.training.trackers import PATIENCE, Tracker, flat
+from distill.training.trackers import PATIENCE, Made, Tracker, flat
 
 FIGURES = ("top1", "bytes", "latency_ms")  # of each model and file, where a tracker shows every number as a chart
 STORE = "outputs/mlflow.db"
+SWEEP = "sweep.json"  # is in a sweep's folder, see distill.runs.sweeps
 
 
 def wandb(folder: Path, name: str, cfg: dict, project: str = "distill") -> Tracker:
@@ -56,7 +55,7 @@ def _need(package: str, line: str) -> None:
 
 def _sweep(folder: Path) -> str | None:
     """The sweep that a run is a job of."""
-    return folder.parent.name if (folder.parent / sweeps.FILE).is_file() else None
+    return folder.parent.name if (folder.parent / SWEEP).is_file() else None
 
 
 def _number(folder: Path, file: str) -> str:

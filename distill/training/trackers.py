@@ -2,15 +2,41 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
 
 from distill.progress import say
-from distill.report.made import Made
 
 PATIENCE = 10  # seconds that a tracker may delay a run, in all
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run has made, in its `folder`.
+
+    Attributes:
+        figures: by model or file, what was measured of it: numbers.
+        head, table: of the report, texts.
+        confused: [class, answer, images] of the student on the test images, the most frequent where classes are many.
+        worst: PNG or JPEG and a caption of the images that the student got wrong, being most sure.
+        files: the student's weights, and what was exported.
+        teacher: hash of the weights; None: it learned along.
+        taught_by: files of the teacher's weights.
+    """
+
+    folder: Path
+    figures: Mapping[str, Mapping[str, float]]
+    head: Sequence[str]
+    table: Sequence[Sequence[str]]
+    confused: Sequence[tuple[str, str, int]]
+    worst: Sequence[tuple[bytes, str]]
+    files: Sequence[Path]
+    teacher: str | None
+    taught_by: Sequence[Path]
 
 
 class Tracker(Logger):
