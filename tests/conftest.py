@@ -17,15 +17,26 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # train.py
 
 
-SLOW = {line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if line and not line.startswith("#")}
+SLOW = {
+    name: int(seconds)
+    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+    for seconds, _, name in [line.partition(" ")]
+}
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of tests/slow.txt, and those that aren't run by default, are slow."""
+    """Tests of tests/slow.txt, and those that aren't run by default, are slow. Files of long tests come first, so that
+    two processes end together."""
+    files: dict[str, int] = {}
     for item in items:
         name = item.nodeid.partition("[")[0]
         if name in SLOW or item.get_closest_marker("faults") or item.get_closest_marker("matrix"):
             item.add_marker("slow")
+    for name, seconds in SLOW.items():
+        file = name.partition("::")[0]
+        files[file] = files.get(file, 0) + seconds
+    items.sort(key=lambda item: -files.get(item.nodeid.partition("::")[0], 0))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -312,6 +312,7 @@ def test_every_loss_teaches(name, cfg, pair, data, tmp_path):
 # ---- a run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_from_end_to_end(train, tmp_path):
     words = ["data=fake", "data.image_size=[16,24]", "data.train_size=96", "data.batch_size=16", "name=run"]

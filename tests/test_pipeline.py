@@ -178,6 +178,7 @@ def test_a_finished_run_is_not_continued_with_another_configuration(train, folde
     assert OmegaConf.load(folder / "config.yaml").loss.kd.temperature == 4
 
 
+@pytest.mark.matrix
 def test_a_run_older_than_an_option_goes_on_with_what_the_option_is_by_default(train, folder, capfd):
     copy = folder.with_name("older")
     shutil.copytree(folder, copy)
@@ -235,6 +236,7 @@ def test_load_student_refuses_what_it_would_have_to_trust(folder, tmp_path):
         assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.matrix
 def test_a_sweep_has_a_folder_a_job_and_ends_with_a_table(train, tmp_path, capfd):
     words = ["-m", *QUICK, "trainer.max_epochs=1", "student=resnet8_tiny,resnet8", "loss.kd.temperature=2,1e39"]
     words = [word for word in words if word not in ("student=resnet8_tiny", "trainer.max_epochs=2")]

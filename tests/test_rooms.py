@@ -79,6 +79,7 @@ def test_names_of_earlier_versions_lead_to_what_is_there_now(old, new):
     assert callable(get_object(new))
 
 
+@pytest.mark.matrix
 def test_a_run_of_the_old_names_is_loaded_and_goes_on(train, quick, tmp_path):
     assert train(*quick, "name=old", "teacher=ema", "baseline=false", cwd=tmp_path) == 0
     folder = tmp_path / "outputs" / "old"

@@ -70,7 +70,7 @@ def _when(rows: Sequence) -> list[str]:
             if own is not None and len(figures) > 1 and worth * own == max(figures) > min(figures):
                 best.append(word)
         tail = f"; of these the {' and the '.join(best)}" if best else ""
-        lines.append(f"{row.name}: {WHEN[row.format]}{tail}")
+        lines.append(f"{row.name}: {WHEN.get(row.format, 'an exporter of your own')}{tail}")
     return lines
 
 

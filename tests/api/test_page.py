@@ -34,6 +34,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_every_block_runs(photos, served_here, monkeypatch):
     monkeypatch.chdir(photos)

@@ -52,6 +52,7 @@ def process_state() -> dict:
 
 def test_a_run_has_the_command_lines_bits_and_leaves_the_process_as_it_was(train, tmp_path, monkeypatch):
     assert train(*SHORT, "name=cli", "deterministic=true", "store=cli", cwd=tmp_path) == 0
+    hydra = process_state()["hydra"][0]  # other tests' in this process
     monkeypatch.chdir(tmp_path)
     for name in ("run_dir", "by_start", "rest_of", "program"):  # which the command line left
         OmegaConf.clear_resolver(name)
@@ -63,7 +64,7 @@ def test_a_run_has_the_command_lines_bits_and_leaves_the_process_as_it_was(train
         run = distill.train(*SHORT, name="here", deterministic=True)
         assert process_state() == before
         assert compose("conf") == {"a": 1} and GlobalHydra.instance().is_initialized()
-    assert process_state()["hydra"] == (False, False)
+    assert process_state()["hydra"] == (hydra, False)
     ours, theirs = (load_file(tmp_path / "outputs" / name / "student.safetensors") for name in ("here", "cli"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert run.folder == tmp_path / "outputs" / "here" and read_json(run.folder / "run.json")["status"] == "done"
@@ -91,11 +92,12 @@ def test_a_run_has_the_command_lines_bits_and_leaves_the_process_as_it_was(train
 )
 def test_what_is_wrong_is_an_exception_with_the_same_line(tmp_path, monkeypatch, said, options, told):
     monkeypatch.chdir(tmp_path)
+    hydra = HydraConfig.initialized(), GlobalHydra.instance().is_initialized()  # other tests' in this process
     with pytest.raises(distill.UsageError) as raised:
         distill.train(*said, **options)
     assert told in str(raised.value) and "\n" not in str(raised.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert not HydraConfig.initialized() and not GlobalHydra.instance().is_initialized()
+    assert hydra == (HydraConfig.initialized(), GlobalHydra.instance().is_initialized())
 
 
 def test_two_runs_that_begin_in_one_second_have_a_folder_each(tmp_path, monkeypatch):

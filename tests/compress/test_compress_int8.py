@@ -295,6 +295,7 @@ def test_prelu_is_near_in_int8(data, slopes, flow):
     assert signal_to_noise(static_int8(net, data=data, flow=flow)(pixels), net(pixels)) > 20
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layer", [nn.Mish, lambda: nn.Softplus(2), nn.LogSigmoid], ids=["mish", "softplus", "log"])
 def test_executorch_computes_softplus_and_what_is_made_of_it(data, tmp_path, layer):
     net, pixels = between(layer), images(0)[0][:19].float() / 255

@@ -84,6 +84,7 @@ def data():
     return fake(16, 0, image_size=16, train_size=64)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NETS)
 def test_steps_that_round_are_near_on_every_network(name, data):
     torch.manual_seed(0)

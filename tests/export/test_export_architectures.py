@@ -76,7 +76,7 @@ WHOLE = {
 }
 
 
-def cells(names, first=("resnet8", "mobilenet_v3_small", "deit_tiny")) -> list:
+def cells(names, first=("resnet8", "mobilenet_v3_small")) -> list:
     """The networks, of which all but the first ones belong to the matrix that is tried weekly."""
     return [name if name in first else pytest.param(name, marks=pytest.mark.matrix) for name in names]
 

@@ -9,6 +9,7 @@ from harness import QUICK, assert_one_line, finished, leftovers, record, run, st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from distill import asked
 from distill.cli import faults
 from distill.errors import UserError
 
@@ -130,7 +131,7 @@ def test_memory_exhausted_names_the_batch_to_try(tmp_path, batch, steps, told):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB")
         except RuntimeError as error:
             raise ValueError("a step failed") from error
-    assert told in str(raised.value) and f"python train.py run={tmp_path} goes on" in str(raised.value)
+    assert told in str(raised.value) and f"{asked.again(f'run={tmp_path}')} goes on" in str(raised.value)
 
 
 def test_what_is_no_fault_of_the_machine_keeps_its_line():

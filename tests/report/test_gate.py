@@ -145,6 +145,7 @@ def test_accuracy_does_not_excuse_answers_that_have_nothing_in_common(tolerance)
 # Files
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_passes_where_it_is_accurate(network, data, tmp_path, tolerance, dtype):
     small = cast(network.plain(), dtype=dtype)
@@ -283,6 +284,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", BLOCKS)
 def test_dynamic_int8_for_executorch_answers_like_its_source(name, data, tmp_path):
     torch.manual_seed(0)
@@ -305,6 +307,7 @@ class Casts(nn.Module):
         return nn.functional.linear(self.second(images).mean((2, 3)), self.head.weight, self.head.bias)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "ghostnet_050", "own"])
 def test_dynamic_int8_for_onnx_takes_networks_as_the_world_has_them(name, data, tmp_path):
     """timm's batch norms, with an activation in them, behind weights that are stored in int8; weights that are read."""

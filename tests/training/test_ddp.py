@@ -146,6 +146,7 @@ def test_another_number_of_processes_is_refused(folder, pair, capsys):
     assert read(checkpoints / "last.ckpt")["sums"].shape[0] == 2
 
 
+@pytest.mark.matrix
 def test_torchrun_starts_what_trains_and_one_process_reports(tmp_path):
     words = [*QUICK, "trainer=ddp", "loss=[ce,kd,crd]", "loss.crd.negatives=64", "name=ddp", "baseline=false"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
