@@ -1,6 +1,10 @@
-"""The tables of docs/results.md that stand in files of benchmarks/: written anew between their marks.
+"""The tables of README.md and docs/results.md that stand in files of benchmarks/: written anew between their marks.
 
-python -m benchmarks.results
+    python -m benchmarks.results
+
+The README's are of two commands: `python train.py name=digits`, whose report.json is benchmarks/digits.json, and
+`python train.py seeds=0,1,2,3,4 sweep=digits 'compress=[]' 'export=[]' hydra/launcher=processes
+hydra.launcher.side_by_side=2`, whose sweep.csv is benchmarks/digits-seeds.csv.
 """
 
 import json
@@ -8,8 +12,11 @@ import re
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from scipy.stats import spearmanr
+
+from distill.report.jobs import over_seeds
 
 FOLDER = Path(__file__).parent
 PAGE, README = FOLDER.parent / "docs" / "results.md", FOLDER.parent / "README.md"
@@ -35,8 +42,10 @@ def digits(report: dict) -> str:
             f"{100 * row['int8_share']:.0f}, {100 * row['int8_computed']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    told = textwrap.wrap(f"Its verdict: {report['verdict']['sentence']}.", 118)
-    return "\n".join([*lines, "", *told])
+    [seeds] = over_seeds(pd.read_csv(FOLDER / "digits-seeds.csv"))
+    seeds = seeds.partition("seeds ")[2].replace(" (mean ± standard deviation)", "", 1)
+    told = f"Its verdict: {report['verdict']['sentence']}. Over seeds {seeds}."
+    return "\n".join([*lines, "", *textwrap.wrap(told, 118)])
 
 
 def gain(found: dict, settings: dict) -> str:
