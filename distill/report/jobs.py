@@ -27,7 +27,7 @@ DROPPED = ("smallest file", "alone %", "ms", "file %", "kB", "gain")  # in this 
 
 def read(root: Path) -> tuple[pd.DataFrame, list[str]]:
     """The rows of `distill.runs.summary` for all runs under `root`, by name, numbers as such; and a line for each whose
-    records are damaged, which has a row of its name and status alone."""
+    records are damaged, which has a row of its name, status and error alone."""
     rows, damaged = [], []
     for folder in sorted((file.parent for file in root.rglob("run.json")), key=_natural):
         place = {"place": folder.relative_to(root).as_posix()}
@@ -35,8 +35,9 @@ def read(root: Path) -> tuple[pd.DataFrame, list[str]]:
             rows.append(summarised(folder) | place)
         except UserError as error:
             damaged.append(str(error))
-            rows.append({"run": folder.name, "overrides": "", "options": "", "status": "damaged", **place})
-    return pd.DataFrame(rows), damaged
+            row = {"run": folder.name, "overrides": "", "options": "", "status": "damaged", "error": str(error)}
+            rows.append(row | place)
+    return pd.DataFrame(rows, columns=None if rows else ["run", "status", "error"]), damaged
 
 
 def _natural(path: Path) -> list:
@@ -75,7 +76,8 @@ def terminal(table: pd.DataFrame, width: int) -> str:
 def grid(table: pd.DataFrame) -> list[list[str]]:
     """Heads, then a row of texts for each run: a column for each option that the sweep varies, or the run's name and
     what it has apart; its status where not all are done; then FIGURES, as far as any run has them."""
-    keys = dict.fromkeys(key for folder in table.get("folder", ()) for key in tables.swept(Path(folder)))
+    folders = table["folder"].dropna() if "folder" in table else ()
+    keys = dict.fromkeys(key for folder in folders for key in tables.swept(Path(folder)))
     short = sweeps.shortened([key for key in keys if key in table])
     heads = {key: [head, *map(_text, table[key])] for key, head in short.items()}
     if not heads:

@@ -39,18 +39,21 @@ COLUMNS = {  # of the table: what of the summary, how shown, times what
 }
 
 
-def rebuild(root: Path) -> Path:
+def rebuild(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> Path:
     """Writes sweep.html of all runs under `root` into it.
+
+    Args:
+        found: what `distill.report.jobs.read` found there, where that is known.
 
     Raises:
         UserError: there are none, or it cannot be written.
     """
     file = root / "sweep.html"
-    write(file, page(root).encode())
+    write(file, page(root, found).encode())
     return file
 
 
-def page(root: Path) -> str:
+def page(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> str:
     """HTML. Runs whose records are damaged, or of an earlier version, are shown with a line.
 
     Raises:
@@ -58,7 +61,7 @@ def page(root: Path) -> str:
     """
     if not root.is_dir():
         raise UserError(f"{root} is no folder: expected one with runs, such as outputs/sweeps/DATE")
-    table, damaged = read(root)
+    table, damaged = found or read(root)
     if table.empty:
         raise UserError(f"{root} holds no runs (no run.json below it): expected a folder such as outputs/sweeps/DATE")
     done = (table["status"] == "done").sum()

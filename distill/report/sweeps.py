@@ -28,24 +28,21 @@ def finish(root: Path) -> bool:
     from distill.report import jobs, sweep_page  # pandas, scipy, torch: Hydra imports this file before any work
     from distill.runs import trials
 
-    table, damaged = jobs.read(root)
-    failed = sweeps.unstarted(root)
-    if table.empty and not failed:
+    found = table, _ = jobs.read(root)
+    unstarted = sweeps.unstarted(root)
+    if table.empty and not unstarted:
         say(f"no run in {root}: nothing to compare")
         return False
-    ended = table["status"].isin(["done", "pruned"]) if len(table) else []
-    for _, row in table[~ended].iterrows() if len(table) else ():
-        failed[row["run"]] = row.get("error") or f"it is {row['status']}"
-    done = table[table["status"] == "done"] if len(table) else table
-    said = [*damaged, *jobs.over_seeds(done), *trials.told(root)]
-    lines = [f"{len(done)} of {len(table) + len(sweeps.unstarted(root))} jobs are done, in {root}"]
+    done, broken = table[table["status"] == "done"], table[~table["status"].isin(["done", "pruned"])]
+    errors = zip(broken["run"], broken["error"], broken["status"], strict=True)
+    failed = unstarted | {run: error if isinstance(error, str) else f"it is {status}" for run, error, status in errors}
+    said = [*jobs.over_seeds(done), *trials.told(root), *(f"failed: {name}: {why}" for name, why in failed.items())]
+    lines = [f"{len(done)} of {len(table) + len(unstarted)} jobs are done, in {root}"]
     lines += [jobs.terminal(done, min(160, screen_width(160)))] if len(done) else []
-    lines += [*said, *(f"failed: {name}: {error}" for name, error in failed.items())]
-    lines += (
-        [f"{asked.again(*sweeps.again(root))} tries them again"] if failed and (root / sweeps.FILE).exists() else []
-    )
+    again = failed and (root / sweeps.FILE).exists()
+    lines += [*said, *([f"{asked.again(*sweeps.again(root))} tries them again"] if again else [])]
     say("\n" + "\n".join(lines))
-    jobs.write(root, done, [*said, *(f"failed: {name}: {error}" for name, error in failed.items())])
+    jobs.write(root, done, said)
     if len(table):
-        say(f"{sweep_page.rebuild(root)}, sweep.md and sweep.csv have all of them")
+        say(f"{sweep_page.rebuild(root, found)}, sweep.md and sweep.csv have all of them")
     return not failed

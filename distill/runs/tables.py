@@ -41,7 +41,8 @@ def models(*roots: str | Path) -> pd.DataFrame:
     rows = []
     for folder in (folder for root in roots for folder in folders(root)):
         if (folder / "report.json").is_file():
-            rows += [_identity(folder) | row for row in read_report(folder)["rows"]]
+            identity = _identity(folder, _record(folder))  # its "student" is the network, a row's the hash of weights
+            rows += [identity | row | identity for row in read_report(folder)["rows"]]
     return pd.DataFrame(rows)
 
 
@@ -56,9 +57,10 @@ def summary(*roots: str | Path) -> pd.DataFrame:
 
 def summarised(folder: Path) -> dict:
     """A run's row of `summary`."""
-    row = _identity(folder)
-    row |= {key: value for key, value in swept(folder).items() if key not in row}
-    row["status"], row["error"] = (_record(folder).get(key) for key in ("status", "error"))
+    record = _record(folder)
+    row = _identity(folder, record)
+    row |= {key: _plain(value) for key, value in varied(folder.parent, record["overrides"]).items() if key not in row}
+    row["status"], row["error"] = record.get("status"), record.get("error")
     if (folder / "report.json").is_file():
         report = read_report(folder)
         by_name = {model["name"]: model for model in report["rows"]}
@@ -110,10 +112,9 @@ def smallest_file(rows: list[dict]) -> dict | None:
     return min(files, key=lambda row: row["bytes"], default=None)
 
 
-def swept(folder: Path) -> dict[str, str | float]:
-    """What a run varies in its sweep, by option; nothing where it is none of one."""
-    apart = varied(folder.parent, _record(folder)["overrides"])
-    return {key: _plain(value) for key, value in apart.items()}
+def swept(folder: Path) -> list[str]:
+    """The options that a run's sweep varies; none where it is in no sweep."""
+    return list(varied(folder.parent, read_record(folder, changed=True)["overrides"]))
 
 
 def _plain(text: str) -> str | float:
@@ -191,8 +192,8 @@ def _record(folder: Path) -> dict:
         return record
 
 
-def _identity(folder: Path) -> dict:
-    record, cfg = _record(folder), read_yaml(folder / "config.yaml", changed=True)
+def _identity(folder: Path, record: dict) -> dict:
+    cfg = read_yaml(folder / "config.yaml", changed=True)
     choices = all(isinstance(text, str) for text in record["choices"].values())
     if not (isinstance(cfg.get("loss"), dict) and type(cfg.get("seed")) is int and choices):
         raise damaged(folder / "config.yaml", "its loss or seed, or the record's choices")

@@ -1,0 +1,60 @@
+"""Runs beside each other: whose records are read once, and whose columns are what they say."""
+
+import json
+
+import pytest
+
+from distill.report import sweeps
+from distill.runs import tables
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A sweep of three finished runs, in outputs/sweeps/x."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "outputs" / "sweeps" / "x"
+    root.mkdir(parents=True)
+    (root / "sweep.json").write_text(json.dumps({"fixed": ["student=resnet8"], "command": ["seed=0,1,2"]}))
+    for seed in range(3):
+        run = root / f"seed={seed}"
+        run.mkdir()
+        words = ["student=resnet8", f"seed={seed}"]
+        choices = {"teacher": "resnet20", "student": "resnet8", "data": "digits"}
+        record = {"choices": choices, "overrides": words, "versions": {}, "created": f"2030-01-0{seed + 1}"}
+        (run / "run.json").write_text(json.dumps(record | {"status": "done", "error": None}))
+        (run / "config.yaml").write_text(
+            f"seed: {seed}\nloss: {{ce: {{}}}}\ndata: {{}}\nteacher: {{}}\nstudent: {{}}\n"
+        )
+        rows = [{"name": "student", "top1": 0.9, "student": "0123456789abcdef", "command": "python train.py"}]
+        (run / "report.json").write_text(json.dumps({"rows": rows, "context": {"test images": 100}}))
+    return root
+
+
+def test_a_models_student_is_the_networks_name(sweep):
+    """Not the hash of its weights, by which a report knows stale files."""
+    assert tables.models(sweep)["student"].tolist() == ["resnet8"] * 3
+
+
+def test_a_changed_record_is_warned_of_once(sweep, capsys):
+    file = sweep / "seed=1" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksum": "0"}))
+    sweeps.finish(sweep)
+    assert capsys.readouterr().out.count("warning: ") == 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"status": "done"}'])
+def test_a_damaged_run_is_told_once_and_with_its_error(sweep, capsys, damage):
+    (sweep / "seed=1" / "run.json").write_text(damage)
+    assert not sweeps.finish(sweep)
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if "seed=1" in line and line.startswith("failed: ")]
+    assert "run.json" in line and "nan" not in line and out.count(line.removeprefix("failed: seed=1: ")) == 1
+    assert "2 of 3 jobs are done" in out
+    assert line in (sweep / "sweep.md").read_text()
+
+
+def test_a_run_that_was_killed_is_told_by_its_state(sweep, capsys):
+    file = sweep / "seed=2" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    assert not sweeps.finish(sweep)
+    assert "failed: seed=2: it is running" in capsys.readouterr().out
