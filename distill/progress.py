@@ -75,6 +75,12 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
+def markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of texts, its heads first."""
+    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table)
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
 def few(names: Sequence[str], shown: int = 5) -> str:
     """The first names, and how many more there are."""
     rest = f" and {len(names) - shown:,} more" if len(names) > shown else ""

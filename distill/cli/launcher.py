@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -24,11 +23,11 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from distill import signals
-from distill.cli.paths import quoted
+from distill.cli.words import quoted
 from distill.errors import UsageError
 from distill.files import PACKAGE
 from distill.progress import say
-from distill.runs.sweeps import ERROR, is_done, job_name, note_error
+from distill.runs.sweeps import is_done, job_name, note_error
 
 HYDRAS = "hydra_plugins.distill"  # Hydra takes plugins from a package of this name only
 
@@ -79,8 +78,6 @@ class Processes(Launcher):
             found.status, found.return_value = JobStatus.COMPLETED, 0
             return found
         say(f"job {number}: {folder}")
-        with suppress(FileNotFoundError):
-            (folder / ERROR).unlink()
         code, last = self._run(folder, words, number)
         if code and not (folder / "run.json").exists():
             note_error(folder, last)
@@ -91,8 +88,7 @@ class Processes(Launcher):
 
     def _run(self, folder: Path, words: list[str], number: int) -> tuple[int, str]:
         """Exit code and last line of a job, all of whose lines are in its folder's output.txt."""
-        [place] = quoted([f"run={folder}"])
-        command = [*program(), *words, f"hydra.run.dir={place.partition('=')[2]}"]
+        command = [*program(), *words, f"hydra.run.dir={quoted(str(folder))}"]
         with open(folder / "output.txt", "a", encoding="utf-8") as lines:
             process = subprocess.Popen(
                 command,

@@ -1,9 +1,9 @@
 """Paths on the command line: as the shell hands them over, whatever signs are in them. Never imports torch."""
 
 import os
-import re
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from distill.runs.records import PATHS
@@ -39,5 +39,4 @@ def _quoted(word: str, sweeps: bool) -> str:
             return f"{key}={value}"
     except HydraException:
         pass
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"{key}='{escaped}'"
+    return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"

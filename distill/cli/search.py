@@ -19,11 +19,13 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from distill import locks
+from distill.cli.sweep import as_handed_on
 from distill.errors import UsageError
 from distill.files import MOST, read_json
 from distill.progress import say
 from distill.runs import trials
 from distill.runs.sweeps import job_name
+from distill.runs.trials import DIRECTIONS
 
 if TYPE_CHECKING:
     import optuna
@@ -76,7 +78,7 @@ class Search(Sweeper):
         root = Path(self.config.hydra.sweep.dir)
         words = [f"{key}={value}" for key, value in self.params.items()] + list(arguments)
         parsed = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(words)
-        fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()]
+        fixed = [as_handed_on(each) for each in parsed if not each.is_sweep_override()]
         space = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
         if not space:
             raise UsageError(
@@ -126,17 +128,18 @@ class Search(Sweeper):
         """As many trials as the launcher runs at a time, their words by number: those that a killed process left, then
         new ones. Each is locked until `held` ends."""
         found: dict[int, list[str]] = {}
+        many = getattr(self.launcher, "many", 1)
         with locks.alone(root / ".study.lock", "the study"):
             known = study.get_trials(deepcopy=False)
             running = [each for each in known if not each.state.is_finished()]
             for trial in running:
-                if len(found) < getattr(self.launcher, "many", 1) and self._claim(root, trial.number, held):
+                if len(found) < many and self._claim(root, trial.number, held):
                     if "words" in trial.user_attrs:
                         found[trial.number] = list(trial.user_attrs["words"])
                     else:  # killed while its values were drawn
                         study.tell(trial.number, state=trials.load_optuna().trial.TrialState.FAIL)
             begun = sum("words" in each.user_attrs for each in known)
-            while len(found) < getattr(self.launcher, "many", 1) and begun < self.trials:
+            while len(found) < many and begun < self.trials:
                 trial = self._asked(study, begun)
                 self._claim(root, trial.number, held)
                 varied = [f"{key}={_drawn(trial, key, each)}" for key, each in space.items()]
@@ -174,9 +177,6 @@ class Search(Sweeper):
             study.tell(number, state=states.FAIL)
         else:
             study.tell(number, [values[each] for each in self.objectives])
-
-
-DIRECTIONS = trials.DIRECTIONS
 
 
 def _choice(option: str, value, choices: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 from distill.errors import UsageError
 from distill.files import CONF, config_dirs, read_yaml, write_json
@@ -86,8 +87,12 @@ def _fixed(words: list[str]) -> list[str]:
         HydraException: a word that is none.
     """
     parsed = OverridesParser.create().parse_overrides(words)
-    fixed = (override for override in parsed if not override.is_sweep_override())
-    return [f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in fixed]  # as Hydra hands them on
+    return [as_handed_on(override) for override in parsed if not override.is_sweep_override()]
+
+
+def as_handed_on(override: Override) -> str:
+    """A word as Hydra gives it to a job: 1e-3 is 0.001."""
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 def _named(name: str) -> Path:

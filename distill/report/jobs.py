@@ -7,6 +7,7 @@ import pandas as pd
 
 from distill.errors import UserError
 from distill.files import atomic
+from distill.progress import markdown
 from distill.report.tables import MISSING, drawn, fitted
 from distill.runs import sweeps, tables
 from distill.runs.tables import summarised
@@ -97,11 +98,6 @@ def _text(value) -> str:
 
 def _absent(value) -> bool:
     return value is None or value != value  # not a number
-
-
-def markdown(grid: list[list[str]]) -> list[str]:
-    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in grid)
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def write(root: Path, table: pd.DataFrame, said: list[str]) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from distill.errors import UserError
 from distill.files import atomic
+from distill.progress import markdown
 from distill.training.trackers import PATIENCE, Made, Tracker, flat
 
 FIGURES = ("top1", "bytes", "latency_ms")  # of each model and file, where a tracker shows every number as a chart
@@ -167,7 +168,7 @@ class TensorBoard:
         self.writer.flush()
 
     def report(self, made: Made) -> None:
-        self.writer.add_text("report", _markdown(made))
+        self.writer.add_text("report", "\n".join(markdown([made.head, *made.table])))
         pictures = {"accuracy and cost": (made.folder / "report.png").read_bytes(), "confusion": confusion(made)}
         pictures |= {f"worst images/{number}: {said}": data for number, (data, said) in enumerate(made.worst, 1)}
         for name, data in pictures.items():
@@ -257,11 +258,6 @@ def _allowed(name: str) -> str:
 def _pixels(picture: bytes) -> np.ndarray:
     """(H, W, 3) uint8 of a PNG or JPEG."""
     return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-
-
-def _markdown(made: Made) -> str:
-    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (made.head, *made.table))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def confusion(made: Made) -> bytes | None:
