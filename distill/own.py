@@ -4,8 +4,11 @@ import inspect
 import os
 import re
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from traceback import walk_tb
+
+from distill.errors import UsageError
 
 PACKAGE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "")
 _PATHS = sysconfig.get_paths()
@@ -36,6 +39,15 @@ def place_in(error: BaseException) -> str | None:
         if called and is_own(file):
             found = f"{_short(file)}:{line}"
     return found
+
+
+def refuse_other_arguments(function: Callable, *given: str) -> None:
+    """Raises UsageError, with its place, where a function of the user's can't be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError as error:
+        line = f"{function.__qualname__} is called with ({', '.join(given)}): {error}"
+        raise UsageError(prefixed(place_of(function), line)) from error
 
 
 def is_own(file: str) -> bool:

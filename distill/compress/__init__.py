@@ -64,7 +64,7 @@ def chain(
         UserError: a step can't take the network, whatever it stumbled over: steps rewrite networks of any making.
     """
     for name, step in steps.items():
-        with _told(name, net):
+        with _told(name, step, net):
             net = step(net, finetune=finetune, data=data, flow=flow)
             if not isinstance(net, nn.Module):
                 line = f"compress={name} returns {net!r:.60}: expected the new network, a torch.nn.Module"
@@ -88,7 +88,7 @@ def attempt(steps: Mapping[str, Callable], net: nn.Module, data: Data, flows: It
                 if tries is None:  # one of the user's own, of which nothing is known
                     chain({name: step}, net, data, _untrained, flow)
                     continue
-                with _told(name, net):
+                with _told(name, step, net):
                     tries(net, data, flow, **getattr(step, "keywords", {}))
             except UserError as error:
                 line = f"compress for {flow}: {error}"
@@ -105,7 +105,7 @@ def beside(step: Callable) -> Callable | None:
 
 
 @contextmanager
-def _told(name: str, net: nn.Module) -> Iterator[None]:
+def _told(name: str, step: Callable, net: nn.Module) -> Iterator[None]:
     """Whatever a step stumbles over in a network, in a line."""
     try:
         yield
@@ -113,7 +113,7 @@ def _told(name: str, net: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         kind = type(getattr(net, "net", net)).__name__
-        if own := place_in(error):
+        if own := place_in(error) or place_of(step):
             raise UserError(f"{own}: compress={name}: {reason(error)}") from error
         raise UserError(
             f"{name} can't compress {kind}{place(error, net)}: {reason(error)}; leave compress={name} out for it"

@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from distill.errors import UsageError
 from distill.losses.base import Loss
 from distill.losses.weight import check_weight
-from distill.own import place_of, prefixed
+from distill.own import place_of, prefixed, refuse_other_arguments
 from distill.types import plain_values
 
 
@@ -24,4 +24,6 @@ def build_losses(cfg: Mapping) -> tuple[dict[str, Loss], dict[str, float | list]
             kind = type(terms[name])
             line = f"loss {name} is a {kind.__name__}: expected a subclass of distill.losses.base.Loss"
             raise UsageError(prefixed(place_of(kind), line))
+        refuse_other_arguments(terms[name].build, "student", "teacher", "data")
+        refuse_other_arguments(terms[name].forward, "student", "teacher", "batch")
     return terms, weights

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.networks.answers import first_tensor, logits_of
+from distill.own import place_in, place_of, prefixed
 from distill.types import ImageSize, alike, in_px, sides
 
 COVERED = 0.75  # of a network's layers: the last stage must lie behind as many, and no more lie between two stages
@@ -129,9 +130,8 @@ def _answer(net: nn.Module, image_size: ImageSize, channels: int, images: int) -
             way_out += (
                 ", or, where it takes grey images, give one mean and one std: student.mean=[0.5] student.std=[0.25]"
             )
-        raise UserError(
-            f"{type(net).__name__} cannot take {kind} images of {in_px(image_size)} ({reason}): {way_out}"
-        ) from error
+        line = f"{type(net).__name__} cannot take {kind} images of {in_px(image_size)} ({reason}): {way_out}"
+        raise UserError(prefixed(place_in(error) or place_of(net), line)) from error
     finally:
         for module, mode in training.items():
             module.training = mode

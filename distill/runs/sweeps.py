@@ -27,7 +27,9 @@ def read_sweep(folder: Path) -> dict:
     found = read_json(folder / FILE, MOST)
     for key in ("fixed", "command"):
         if not (isinstance(found.get(key), list) and all(isinstance(word, str) for word in found[key])):
-            raise damaged(folder / FILE, f"it says nothing that makes sense of its {key}")
+            raise damaged(
+                folder / FILE, f"it says nothing that makes sense of its {key}; start another sweep, sweep=NAME"
+            )
     return found
 
 

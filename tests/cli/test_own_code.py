@@ -115,6 +115,10 @@ MISTAKES = [  # kind, what is there, what is there instead, and what the line sa
     ("loss", "class Mine(Loss)", "class Mine(nn.Module)", "loss mine is a Mine: expected a subclass"),
     ("loss", "def forward(self, student", "def forward(self student", "SyntaxError: "),
     ("loss", "import torch\n", "import torch\nimport notthere\n", "notthere is not installed"),
+    ("loss", "teacher, batch)", "teacher)", "Mine.forward is called with (student, teacher, batch): too many"),
+    ("loss", "teacher, data)", "teacher, data, images)", "Mine.build is called with (student, teacher, data): missing"),
+    ("network", "forward(self, images)", "forward(self, images, mask)", "missing 1 required positional argument"),
+    ("compress", 'halve(net, finetune=None, data=None, flow="fx")', "halve(net, data=None)", "unexpected keyword"),
     ("network", "return self.head(self.body(images))", "return self.haed(self.body(images))", "no attribute 'haed'"),
     ("network", "nn.Linear(8, num_classes)", "nn.Linear(9, num_classes)", "mat1 and mat2"),
     (
