@@ -256,8 +256,8 @@ def _measured(
         files: dict[str, list[Artifact]] = {}
         for name, step in steps.items():
             if name == "qat_int8":
-                untrained = {key: getattr(step, "keywords", {}).get(key, ()) for key in ("skip",)}
-                step = partial(static_int8, **untrained)
+                skip = getattr(step, "keywords", {}).get("skip", ())
+                step = partial(static_int8, skip=skip, bias_correction=False)
             try:
                 small = net if step is None else step(net, None, data, flow)
                 files[name] = ship(small, flow, folder / name)

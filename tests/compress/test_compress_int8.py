@@ -9,6 +9,7 @@ from torch import nn
 
 from distill import compress
 from distill.compress import flows
+from distill.compress.bias import correct
 from distill.compress.calibrate import calibration
 from distill.compress.cast import cast
 from distill.compress.dynamic_int8 import dynamic_int8
@@ -212,19 +213,49 @@ def test_for_xnnpack_slices_are_of_int8_numbers(data):
     torch.testing.assert_close(small(batches[0]), as_it_was(batches[0]), rtol=0, atol=0)
 
 
-def test_for_onnx_nothing_is_rounded_between_a_convolution_and_its_relu6():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
-    images = torch.rand(8, 3, 8, 8)
-    prepared = flows.prepare(net, images, "onnx")
-    prepared(images)
-    small = flows.convert(prepared, "onnx")
-    (clamp,) = (node for node in small.graph.nodes if node.target in flows.CLAMPS)
-    assert "conv2d" in str(clamp.args[0].target)
-    (rounded,) = clamp.users
-    assert "quantize" in str(rounded.target)
-    with torch.no_grad():
-        assert (small(images) - net(images)).abs().max() < 0.05 * net(images).abs().max()
+class Clamps(nn.Module):
+    """ReLU6 as a module, as a function, and Hardtanh, each behind a layer that answers far beyond it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.relu6 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)
+        self.second, self.tanh = nn.Conv2d(8, 8, 3, groups=8), nn.Hardtanh(-1, 2)
+        self.third, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8 * 16, 4)
+        self.norm.weight.data.fill_(20)
+        for layer in (self.second, self.third):
+            layer.weight.data.mul_(10)
+
+    def forward(self, images):
+        small = self.tanh(self.second(self.relu6(self.norm(self.first(images)))))
+        return self.head(nn.functional.relu6(self.third(small)).flatten(1))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("qat", [False, True], ids=["static", "qat"])
+def test_between_a_layer_and_its_relu6_int8_spends_no_step_on_what_is_cut_off(flow, qat):
+    net, pixels = Clamps().train(), images(0)[0][:64].float() / 255
+    for _ in range(50):
+        net(pixels)
+    prepared = prepare(net.eval(), pixels[:2], flow, qat=qat, observer="minmax")
+    prepared.eval()(pixels)
+    small = flows.convert(prepared, flow)
+    if flow == "fx":
+        ranges = [127 * small.get_submodule(name).scale for name in ("first", "second", "third")]
+        assert ranges == pytest.approx([6, 3, 6], rel=0.01)
+    else:
+        for clamp in (node for node in small.graph.nodes if node.target in flows.CLAMPS):
+            assert "conv2d" in str(clamp.args[0].target) and all("quantize" in str(user.target) for user in clamp.users)
+    assert signal_to_noise(small(pixels), net(pixels)) > (18 if flow == "fx" else 22)  # with the whole range 15, 20
+
+
+def test_a_layer_that_stays_float_is_not_rounded_in_front_of_its_relu6():
+    pixels = images(0)[0][:64].float() / 255
+    prepared = prepare(Clamps().eval(), pixels[:2], "fx", skip=["first", "norm", "relu6"])
+    prepared(pixels)
+    small = flows.convert(prepared, "fx")
+    (first,) = (node for node in small.graph.nodes if node.target == "first")
+    assert [str(user.target) for user in first.users] == ["relu6"]
 
 
 class Attention(nn.Module):
@@ -352,3 +383,60 @@ def test_executorch_takes_a_pad_by_nothing(data, tmp_path):
     small = static_int8(net, data=data, flow="xnnpack")
     (file,) = executorch.export(small, pixels[:2], tmp_path / "net", {})
     assert (file.run(pixels) - small(pixels)).abs().max() < 0.05 * small(pixels).abs().max()
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    return weight.div(0.1).round().mul(0.1)
+
+
+def test_bias_correction_makes_the_means_of_all_channels_equal():
+    """Nagel et al. 2019, E[y] = E[ŷ], computed here by hand for a convolution, one without bias, and a Linear."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, groups=4, padding=1)
+    head, pixels = nn.Linear(4 * 36, 5), torch.rand(64, 3, 8, 8)
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), head)
+    before = copy.deepcopy(net.state_dict())
+    found = correct(net, [pixels], ["0", "2", "5"], rounded)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()) and first.bias is None
+    conv, linear = nn.functional.conv2d, nn.functional.linear
+    y, near = conv(pixels, first.weight), conv(pixels, rounded(first.weight))
+    bias = (y - near).mean((0, 2, 3))
+    torch.testing.assert_close(found[0].bias, bias)
+    y, x = second(y.relu()), (near + bias[:, None, None]).relu()
+    near = conv(x, rounded(second.weight), second.bias, padding=1, groups=4)
+    bias = (y - near).mean((0, 2, 3))
+    torch.testing.assert_close(found[2].bias, second.bias + bias)
+    y, x = head(y.relu().flatten(1)), (near + bias[:, None, None]).relu().flatten(1)
+    near = linear(x, rounded(head.weight), head.bias)
+    torch.testing.assert_close(found[5].bias, head.bias + (y - near).mean(0))
+    for path in (0, 2, 5):
+        assert torch.equal(found[path].weight, net[path].weight)
+
+
+def test_bias_correction_takes_the_mean_of_the_batches():
+    torch.manual_seed(0)
+    net, batches = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(4, 16, 3, 2, 2).unbind()
+    missing = [(net(images) - nn.functional.linear(images.flatten(1), rounded(net[1].weight), net[1].bias)).mean(0)
+               for images in batches]  # fmt: skip
+    found = correct(net, batches, ["1"], rounded)
+    torch.testing.assert_close(found[1].bias, net[1].bias + torch.stack(missing).mean(0))
+
+
+def test_bias_correction_leaves_alone_what_it_can_not_better():
+    torch.manual_seed(0)
+    again, pixels = nn.Conv2d(3, 3, 3, padding=1), torch.rand(8, 3, 8, 8)
+    net = nn.Sequential(again, nn.ReLU(), again, nn.Flatten(), nn.Linear(192, 4))
+    found = correct(net, [pixels], ["0", "4"], rounded)
+    assert torch.equal(found[0].bias, again.bias) and not torch.equal(found[4].bias, net[4].bias)
+    assert correct(net, [pixels], ["0", "4"], lambda weight: weight) is net
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_static_int8_corrects_the_biases_of_what_it_rounds(data, flow):
+    net, pixels = between(nn.ReLU), images(0)[0].float() / 255
+    errors = []
+    for corrects in (False, True):
+        small = static_int8(net, data=data, flow=flow, bias_correction=corrects)
+        errors.append((small(pixels) - net(pixels)).mean(0).abs().max().item())
+    assert errors[1] < 0.5 * errors[0]
+    assert set(flows.layers(net, flow, ["3"])) == {"0", "6"}
