@@ -23,6 +23,7 @@ from distill.errors import UsageError, UserError
 from distill.runtimes.graph import CONV, LINEAR, module_of, place, quiet
 
 FLOWS = ("fx", "xnnpack", "onnx")
+WEIGHTS = {"fx": 63, "xnnpack": 127, "onnx": 127}  # the largest number that stands for a weight
 OBSERVERS = ("histogram", "minmax", "moving_average")
 
 BATCH_NORM, DROPOUT = torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default
@@ -213,9 +214,9 @@ def layers(net: nn.Module, flow: str | None = None, skip: Collection[str] = ()) 
 def rounded(weight: Tensor, flow: str) -> Tensor:
     """The numbers that the int8 of weights (O, …) stands for in `flow`; a batch norm's scale, which goes into them,
     makes no difference to how they are rounded."""
-    low, high = (-128, 127) if flow == "fx" else (-127, 127)
-    scale = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / ((high - low) / 2)  # (O,)
-    return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale).int(), 0, low, high)
+    most = WEIGHTS[flow]
+    scale = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / most  # (O,)
+    return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale).int(), 0, -most, most)
 
 
 def _apart(net: nn.Module) -> nn.Module:
@@ -295,16 +296,16 @@ def _prepare_fx(net, example, flow, qat, skip, observer) -> nn.Module:
     mapping = ao.get_default_qat_qconfig_mapping("x86") if qat else ao.get_default_qconfig_mapping("x86")
     stock = mapping.global_qconfig
     # 7 bits: 8-bit kernels for x86 add pairs of products in 16 bits, all of them on processors without VNNI and
-    # those for depthwise convolutions on the others, too
-    seven_bits = {"dtype": torch.quint8, "reduce_range": True}
+    # those for depthwise convolutions on the others, too. Weights, each channel in its own range, miss the bit less
+    # than activations do (ResNet-56 and MobileNetV3: 4 to 5 dB of signal to noise)
+    seven_bits = {"quant_min": -WEIGHTS["fx"], "quant_max": WEIGHTS["fx"]}
     if qat:
-        from distill.compress.fake_quantize import Unsaturated
-
-        activation = Unsaturated.with_args(observer=ao.MovingAverageMinMaxObserver, **seven_bits)
+        activation = ao.FakeQuantize.with_args(observer=ao.MovingAverageMinMaxObserver, dtype=torch.quint8)
         # not the fused one, whose scales differ from those that converting computes
-        weight = ao.default_per_channel_weight_fake_quant.with_args(averaging_constant=1.0)
+        weight = ao.default_per_channel_weight_fake_quant.with_args(averaging_constant=1.0, **seven_bits)
     else:
-        activation, weight = _observers(ao)[observer].with_args(**seven_bits), stock.weight
+        activation = _observers(ao)[observer].with_args(dtype=torch.quint8)
+        weight = ao.default_per_channel_weight_observer.with_args(**seven_bits)
     mapping.set_global(ao.QConfig(activation=activation, weight=weight))
     for kind, config in list(mapping.object_type_qconfigs.items()):
         if config is stock:
@@ -566,8 +567,8 @@ def _pt2e_config(flow: str, qat: bool, observer: str | None):
     )
     weights = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
+        quant_min=-WEIGHTS[flow],
+        quant_max=WEIGHTS[flow],
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=weight,

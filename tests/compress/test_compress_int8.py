@@ -241,7 +241,7 @@ def test_between_a_layer_and_its_relu6_int8_spends_no_step_on_what_is_cut_off(fl
     prepared.eval()(pixels)
     small = flows.convert(prepared, flow)
     if flow == "fx":
-        ranges = [127 * small.get_submodule(name).scale for name in ("first", "second", "third")]
+        ranges = [255 * small.get_submodule(name).scale for name in ("first", "second", "third")]
         assert ranges == pytest.approx([6, 3, 6], rel=0.01)
     else:
         for clamp in (node for node in small.graph.nodes if node.target in flows.CLAMPS):
@@ -440,3 +440,14 @@ def test_static_int8_corrects_the_biases_of_what_it_rounds(data, flow):
         errors.append((small(pixels) - net(pixels)).mean(0).abs().max().item())
     assert errors[1] < 0.5 * errors[0]
     assert set(flows.layers(net, flow, ["3"])) == {"0", "6"}
+
+
+@pytest.mark.parametrize("qat", [False, True], ids=["static", "qat"])
+def test_for_x86_two_products_of_static_int8_fit_into_16_bits(qat):
+    pixels = images(0)[0][:64].float() / 255
+    prepared = prepare(network(), pixels[:2], "fx", qat=qat)
+    prepared.eval()(pixels)
+    small = flows.convert(prepared, "fx")
+    weights = [layer.weight().int_repr() for layer in small.modules() if callable(getattr(layer, "weight", None))]
+    assert len(weights) == 4 and all(each.int().abs().max() == 63 for each in weights)
+    assert 2 * 255 * 63 < 2**15
