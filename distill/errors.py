@@ -9,6 +9,10 @@ class UsageError(UserError):
     """The command line or the configuration is wrong; exit code 2."""
 
 
+class OverBudget(UserError):
+    """No file of one runtime is within a budget that only the file which ships has to keep; exit code 1 if none is."""
+
+
 class DamagedError(UserError):
     """A file of ours isn't what was written: a checksum differs, or it is cut short; exit code 1."""
 

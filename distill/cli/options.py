@@ -111,6 +111,7 @@ class Budget:
     bytes: Size | None
     latency_ms: Positive | None
     accuracy_drop: Share
+    files: Literal["every", "one"]
 
 
 class Pilots:

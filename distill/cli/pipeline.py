@@ -14,7 +14,7 @@ def pipeline(cfg: DictConfig) -> None:
     with importing():  # torch is imported from here on
         from distill import compress, export
         from distill.cli import build, faults, forecast, pilots, rehearsal, roles
-        from distill.compress.auto import exceeded
+        from distill.compress.auto import exceeded, together
         from distill.data.findings import left_out
         from distill.errors import UserError
         from distill.export.deploy import write_readme
@@ -73,8 +73,10 @@ def pipeline(cfg: DictConfig) -> None:
         nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
         if cfg.compress and job.compresses():
             finetune = roles.finetuning(cfg, teacher, data, folder, exporters, job.origin())
-            steps, flows = build.steps(cfg.compress), map(export.flow, exporters.values())
+            steps, flows = build.steps(cfg.compress), [export.flow(each) for each in exporters.values()]
             small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
+            if "auto" in steps and (spanning := together(folder, flows)):
+                say(spanning)
             nets["-".join(["student", *steps])] = small
             job.write(compressed=list(steps))
 
@@ -96,9 +98,12 @@ def pipeline(cfg: DictConfig) -> None:
             networks["student (last epoch)"] = None if given else job.student(run.STUDENT_LAST)
             rows, unlike, logits, labels = evaluate(networks, nets, files, data, build.tolerance(cfg))
             failures += unlike
+            over = {}
             if "auto" in cfg.compress:
+                over = exceeded(rows, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
                 small = [file.path.name for name in nets if name != "student" for file in files[name]]
-                failures += exceeded(rows, small, cfg.compress.auto.bytes, cfg.compress.auto.latency_ms)
+                if cfg.compress.auto.files == "every" or over.keys() >= set(small):
+                    failures += [over[name] for name in small if name in over]
             made = [file.path.name for several in files.values() for file in several] if job.does("export") else []
             made += tables.ORDER if job.does("distill") else ()
             now = tables.Now(job.command(), job.commands()[0], content_hash(student.net)[:16], made)
@@ -109,7 +114,7 @@ def pipeline(cfg: DictConfig) -> None:
             say(tables.table(rows))  # first: the disk may be full
             setbacks = divergence.told(job.record.get("setbacks", ()))
             context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
-            shipping = ship.advice(rows, failures + earlier, student.net, folder)
+            shipping = ship.advice(rows, [*failures, *earlier, *over.values()], student.net, folder)
             about = details(logits, labels, data)
             page.write(rows, folder, context, failures + earlier, helped, figures, about, metrics, shipping)
             if any(files.values()):

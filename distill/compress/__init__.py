@@ -16,7 +16,7 @@ from torch import nn
 
 from distill.called import called_as
 from distill.data.base import Data
-from distill.errors import UsageError, UserError
+from distill.errors import OverBudget, UsageError, UserError
 from distill.own import is_placed, place_in, place_of, prefixed
 from distill.progress import say
 from distill.runtimes.coverage import describe
@@ -26,12 +26,13 @@ from distill.runtimes.graph import place, reason
 def compress(
     steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable, flows: Iterable[str]
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed.
+    """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed; where
+    one file within a budget is enough (OverBudget), the others are told and no failures.
 
     Raises:
         UsageError: a wrong option, which no runtime would take.
     """
-    nets, failures, flows = {}, [], dict.fromkeys(flows)
+    nets, failures, over, flows = {}, [], [], dict.fromkeys(flows)
     if not flows:
         say("compress: nothing to compress for, export=[] names no file")
     for flow in flows:
@@ -40,11 +41,16 @@ def compress(
             nets[flow] = chain(steps, net, data, finetune, flow)
         except UsageError:
             raise
+        except OverBudget as error:
+            over.append(f"compress for {flow}: {error}")
         except UserError as error:
             failures.append(f"compress for {flow}: {error}")
         else:
             say(describe(nets[flow]))
-    return nets, failures
+    if nets:  # another runtime's file is within the budget
+        for line in over:
+            say(f"  {line}")
+    return nets, failures if nets else failures + over
 
 
 def chain(
