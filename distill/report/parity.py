@@ -1,5 +1,6 @@
 """Whether a file may ship: it answers like the network that it came from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def difference(
         bounds: what is missing or None is not asked for. "snr": least signal to noise in dB; "agreement": least share
             of equal top-1; "logit": largest |Δlogit|. With "beside", in dB, the first two are no stricter than what
             the reference itself keeps of the float student, its signal to noise lessened by `beside`: a depth that
-            amplifies its roundings amplifies those of a file. But never laxer than "floor" (dB) and "least" (share).
+            amplifies its roundings amplifies those of a file; of the share two standard errors are chance. But never
+            laxer than "floor" (dB) and "least" (share).
             With "accuracy_drop", in [0, 1], logits that agree too seldom, but on "least" of the images, may still do
             if they are as accurate as the reference's but for that drop: fine-tuning may change answers.
         labels: (N,) int64; None: agreement is not asked for.
@@ -67,7 +69,8 @@ def difference(
     snr, agreement, beside = bounds.get("snr"), bounds.get("agreement"), bounds.get("beside")
     if beside is not None:
         snr = max(bounds["floor"], min(snr, measure.signal_to_noise(other, student) - beside))
-        agreement = max(bounds["least"], min(agreement, measure.agreement(other, student)))
+        expected = min(agreement, measure.agreement(other, student))
+        agreement = max(bounds["least"], expected - 2 * math.sqrt(expected * (1 - expected) / len(logits)))
     if snr is not None and not (found := measure.signal_to_noise(logits, other)) >= snr:
         failures.append(f"logits differ from those of {reference}: signal to noise {found:.1f} dB (needed: {snr:.1f})")
     if labels is not None and agreement is not None and not (same := measure.agreement(logits, other)) >= agreement:

@@ -120,6 +120,17 @@ def test_a_file_may_be_a_little_noisier_than_its_own_rounding_and_no_more(tolera
     assert "(needed: 10.0)" in line
 
 
+def test_two_standard_errors_of_the_shared_answers_are_chance(tolerance):
+    """Of 400 images with 98 % expected: 13 others may be, 14 may not."""
+    source = torch.eye(10)[torch.arange(400) % 9]
+    source[:20, 9] = source[:20].amax(1) - 1e-4  # nearly as likely as the first
+    for others, told in ((13, 0), (14, 1)):
+        found = source.clone()
+        found[:others, 9] += 2e-4
+        lines = parity.difference(found, source, "it", source, tolerance["rounding"], source.argmax(1))
+        assert len(lines) == told and all("(needed: 96.60%)" in line for line in lines)
+
+
 def test_a_float_file_is_bound_by_a_thousandth(tolerance):
     student = logits_of()
     assert parity.difference(student + 5e-4 * logits_of(1), student, "it", student, tolerance["file"]) == []
