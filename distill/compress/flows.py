@@ -93,7 +93,7 @@ def prepare(
         if value not in choices:
             raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
     skip = paths(net, skip)
-    net = _apart(copy.deepcopy(net).eval())
+    net = apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
         _refuse_random(net, example)
         return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
@@ -148,7 +148,7 @@ def dynamic(net: nn.Module, example: Tensor, flow: str) -> nn.Module:
     Raises:
         UserError: a network whose graph can't be captured.
     """
-    net = _apart(copy.deepcopy(net).eval())
+    net = apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
         try:
             from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -201,7 +201,7 @@ def layers(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
 
-def _apart(net: nn.Module) -> nn.Module:
+def apart(net: nn.Module) -> nn.Module:
     """`net` in layers that the flows know:
 
     - a batch norm and its activation in one (timm's) are two: captured as one it is not known for a batch norm, so it

@@ -15,7 +15,7 @@ import torch
 
 from distill.files import sealed
 from distill.progress import shown
-from distill.report import run_page
+from distill.report import bill_page, run_page
 from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot
@@ -51,6 +51,7 @@ def write(
     details: Mapping | None = None,
     metrics: pd.DataFrame | None = None,
     shipping: Sequence[str] = (),
+    bill: Mapping | None = None,
 ) -> None:
     """Writes report.json, report.md, report.png and report.html into `folder`, and details.json where there are
     details, each whole or not at all.
@@ -63,6 +64,7 @@ def write(
         details: see distill.report.details.
         metrics: by epoch, see distill.runs.tables.curves.
         shipping: which file to ship, see distill.report.ship.
+        bill: where the accuracy went, see distill.report.bill.told.
 
     Raises:
         UserError: a file cannot be written.
@@ -75,6 +77,7 @@ def write(
         "ship": list(shipping),
         "figures": figures and asdict(figures),
         "rows": [asdict(row) for row in rows],
+        "bill": bill or {},
         "failures": list(failures),
         "unmeasured": _unmeasured(rows, failures, folder / "export"),
         "context": dict(context),
@@ -91,6 +94,7 @@ def write(
             machine,
             [*([verdict] if verdict else []), *found, *shipping],
             content["unmeasured"],
+            bill_page.markdown(content),
         ).encode(),
     )
     write_file(folder / "report.png", plot(rows))
@@ -135,6 +139,7 @@ def _markdown(
     machine: Mapping,
     told: Sequence[Verdict | str],
     unmeasured: Sequence[str],
+    bill: bill_page.Lines,
 ) -> str:
     headers, *body = cells(rows, short=False)
     lines = [
@@ -143,9 +148,7 @@ def _markdown(
         *(f"- {_text(str(line)[0].upper() + str(line)[1:])}." for line in told),
         *([""] if told else []),
     ]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(headers) - 1))
-    lines += ["| " + " | ".join(map(_text, cells)) + " |" for cells in body]
+    lines += _table(headers, body)
     images = f"{context['test images']:,}" if "test images" in context else "so many"
     reference = reference_of(rows)
     over = f" Gain: top-1 in points over the {reference.name}." if reference else ""
@@ -165,6 +168,12 @@ def _markdown(
         lines += ["", "## Remarks", "", *(f"- {_text(line)}" for line in told)]
     if failures:
         lines += ["", "## May not ship", "", *(f"- {_text(line)}" for line in failures)]
+    if bill.table:
+        lines += ["", "## Where the accuracy went", "", *_table(bill.table[0], bill.table[1:]), "", _text(bill.said)]
+        lines += [""] if bill.layers else []
+        for line, command in bill.layers:
+            way = f"; leaves the worst in float: {_value('command', command)}" if command else ""
+            lines.append(f"- {_text(line)}{way}")
     if commands := dict.fromkeys(row.command for row in rows if row.command):
         lines += ["", "## Made by", ""]
         for command in commands:
@@ -179,6 +188,12 @@ def _markdown(
                 *(f"- {_text(key)}: {_value(key, value)}" for key, value in values.items()),
             ]
     return "\n".join(lines) + "\n"
+
+
+def _table(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(headers) - 1))
+    return [*lines, *("| " + " | ".join(map(_text, cells)) + " |" for cells in body)]
 
 
 def _value(key: str, value) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.files import damaged, read_json
-from distill.report import parts, svg
+from distill.report import bill_page, parts, svg
+from distill.report.bill import FLIPS, SHOWN
 from distill.report.marks import colour, mark
 from distill.report.parity import remarks
 from distill.report.parts import Cell, Html, text
@@ -84,6 +85,7 @@ def page(content: Mapping, details: Mapping | None, metrics: pd.DataFrame | None
         _warnings(content, rows),
         parts.section("Models", models(rows), _caption(rows, context)),
         parts.section("Accuracy and cost", plots([(row.name, row) for row in rows])),
+        parts.section("Where the accuracy went", *bill_page.page(content)),
         parts.section("Training", _training(metrics)),
         *_answers(rows, details),
         parts.section("What made it", _made(rows, context)),
@@ -212,6 +214,7 @@ def _answers(rows: Sequence[Row], details: Mapping | None) -> list[str]:
         return [
             parts.section("Classes", _confused(details["confused"]), _classes(rows, details["classes"])),
             parts.section("Worst images", _worst(details["worst"])),
+            parts.section("Flips", _flips(details.get("flips", ()))),
             parts.section("Calibration", _calibration(rows, details["calibration"])),
         ]
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -281,6 +284,23 @@ def _classes(rows: Sequence[Row], found: Mapping) -> str:
 def _worst(found: Sequence[Mapping]) -> str:
     if not found:
         return "<p>The student answered every test image rightly.</p>"
+    return (
+        '<p class="quiet">What the student was most sure of, and wrong: the label, and who answered what, how '
+        f"confidently; right answers are shaded.</p>{_cards(found)}"
+    )
+
+
+def _flips(found: Sequence[Mapping]) -> str:
+    if not found:
+        return ""
+    return (
+        f'<p class="quiet">What the float student has right and a file has wrong: {FLIPS} images of each file, those '
+        f"that it is surest of, {SHOWN} at most.</p>{_cards(found)}"
+    )
+
+
+def _cards(found: Sequence[Mapping]) -> str:
+    """Images with their label, and who answered what."""
     cards = []
     for each in found:
         picture = each["picture"]
@@ -298,10 +318,7 @@ def _worst(found: Sequence[Mapping]) -> str:
             f'<div class="card"><img src="{picture}" alt=""><b>{text(each["label"])}</b> '
             f'<span class="quiet">{text(each["image"])}</span><ul>{said}</ul></div>'
         )
-    return (
-        '<p class="quiet">What the student was most sure of, and wrong: the label, and who answered what, how '
-        f'confidently; right answers are shaded.</p><div class="cards">{"".join(cards)}</div>'
-    )
+    return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _calibration(rows: Sequence[Row], found: Mapping) -> str:
