@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distill.data.base import Data
 from distill.errors import UserError
 from distill.export import Nets, told
+from distill.files import digest
 from distill.networks.network import Network
 from distill.networks.weights import content_hash, serialised_bytes
 from distill.report import bill, parity, tables
@@ -85,6 +86,7 @@ def evaluate(
             bytes=size,
             int8_share=small,
             int8_computed=computed,
+            digest=digest(artifacts[name].path) if name in artifacts else None,
         )
 
     rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
@@ -145,6 +147,7 @@ def _unexecuted(file: Artifact, net: nn.Module, example: Tensor) -> tables.Row:
         bytes=measure.file_bytes(file.path),
         int8_share=small,
         int8_computed=computed,
+        digest=digest(file.path),
     )
 
 

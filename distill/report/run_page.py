@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.files import damaged, read_json
-from distill.report import bill_page, parts, svg
+from distill.report import bill_page, parts, phones, svg
 from distill.report.bill import FLIPS, SHOWN
 from distill.report.marks import colour, mark
 from distill.report.parity import remarks
@@ -59,7 +59,7 @@ def read(folder: Path) -> str:
     except UserError:  # of a student that was given, or they are damaged: the rest can be shown
         metrics = None
     try:
-        return page(content, details, metrics)
+        return page(content, details, metrics, phones.read(folder, rows_of(content)))
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged(folder / "report.json", "what it says besides its rows makes no sense") from None
 
@@ -71,8 +71,14 @@ def rebuild(folder: Path) -> Path:
     return file
 
 
-def page(content: Mapping, details: Mapping | None, metrics: pd.DataFrame | None) -> str:
-    """HTML from what report.json says, from `distill.report.details.details`, and from `distill.runs.tables.curves`.
+def page(
+    content: Mapping,
+    details: Mapping | None,
+    metrics: pd.DataFrame | None,
+    measured_on: Sequence[phones.Phone] = (),
+) -> str:
+    """HTML from what report.json says, from `distill.report.details.details`, from `distill.runs.tables.curves`, and
+    from `distill.report.phones.read`.
 
     What an earlier version did not keep is left out, and that is said.
     """
@@ -85,6 +91,7 @@ def page(content: Mapping, details: Mapping | None, metrics: pd.DataFrame | None
         _warnings(content, rows),
         parts.section("Models", models(rows), _caption(rows, context)),
         parts.section("Accuracy and cost", plots([(row.name, row) for row in rows])),
+        parts.section("On a phone", *(_phone(phone, rows) for phone in measured_on)),
         parts.section("Where the accuracy went", *bill_page.page(content)),
         parts.section("Training", _training(metrics)),
         *_answers(rows, details),
@@ -167,6 +174,16 @@ def plots(named: Sequence[tuple[str, Row]]) -> str:
         drawn.append(parts.figure(f"Accuracy by {label}", svg.scatter(points, label, "top-1 in %")))
     names = dict.fromkeys(row.name for _, row in named)
     return parts.side_by_side(*drawn) + parts.legend((svg.key(mark(name)), name) for name in names)
+
+
+def _phone(phone: phones.Phone, rows: Sequence[Row]) -> str:
+    headers, *lines = phones.table(phone, rows)
+    cells = [
+        [Cell(parts.marked(name, mark(name)), name, "name"), *(Cell(each, _number(each)) for each in figures)]
+        for name, *figures in lines
+    ]
+    note = f'<p class="quiet">{text(phones.SAID)}</p>'
+    return parts.figure(f"{phone.name}, {phone.date}", parts.table(headers, cells), note)
 
 
 def _training(metrics: pd.DataFrame | None) -> str:
