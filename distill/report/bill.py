@@ -139,15 +139,17 @@ def _losers(student: Tensor, file: Tensor, labels: Tensor, names: Sequence[str])
 
 
 def remark(items: Iterable[Item], layers: Iterable[Mapping]) -> str | None:
-    """A line on the file that loses most against the float student, where that is more than chance, and the command
-    that spares its worst layers."""
+    """A line on the file that loses most against the float student, where that is more than chance; where int8 costs it
+    most, with the command that spares its worst layers."""
     losing = [item for item in items if item.executed and item.whole.shown and item.whole.gain < 0]
     if not losing:
         return None
     worst = min(losing, key=lambda item: item.whole.gain)
-    after = [step.name for step in worst.steps].index(STUDENT) + 1
-    steps = ", ".join(f"{step.name} {100 * step.change.gain:+.2f}" for step in worst.steps[after:])
-    way = next((each["command"] for each in layers if each["network"] == Path(worst.file).stem), None)
+    after = worst.steps[[step.name for step in worst.steps].index(STUDENT) + 1 :]
+    steps = ", ".join(f"{step.name} {100 * step.change.gain:+.2f}" for step in after)
+    dearest = min(after, key=lambda step: step.change.gain).name
+    known = (each for each in layers if (each["network"], each["step"]) == (Path(worst.file).stem, dearest))
+    way = next((each["command"] for each in known), None)
     spare = f"; without its noisiest layers in int8: {way}" if way else ""
     return f"{worst.file} loses {in_points(worst.whole)} points against the float student: {steps}{spare}"
 
@@ -202,7 +204,8 @@ def _checked(told: Mapping) -> Mapping:
     figures += [layer["changed"] for layer in told["layers"]]
     if not all(value is None or (isinstance(value, (int, float)) and math.isfinite(value)) for value in figures):
         raise ValueError("a figure of a layer")
-    return {**told, "network": str(told["network"]), "images": _count(told["images"]), "of": _count(told["of"])}
+    names = {"network": str(told["network"]), "step": str(told["step"])}
+    return {**told, **names, "images": _count(told["images"]), "of": _count(told["of"])}
 
 
 def with_earlier(told: Mapping, rows: Sequence[Row], folder: Path) -> dict:

@@ -56,9 +56,10 @@ def told(
         folder: the run's, for the command.
 
     Returns:
-        {"network": name, "images": how many, "of": layers that are int8, "layers": [{"name", "alone": signal to noise
-        of the logits in dB, "changed": share of the images whose class is then another, "together": {flow: signal to
-        noise of its output in dB}}], the worst first, "spare": the option with the worst, "command": to type with it}.
+        {"network": name, "step": that made it int8, "images": how many, "of": layers that are int8,
+        "layers": [{"name", "alone": signal to noise of the logits in dB, "changed": share of the images whose class is
+        then another, "together": {flow: signal to noise of its output in dB}}], the worst first,
+        "spare": the option with the worst, "command": to type with it}.
         None where no step makes layers int8, or none of them can be found in what it took. A decibel is None where
         there is no noise, an option where the step has none.
     """
@@ -86,13 +87,15 @@ def told(
         found.append({"name": _short(layer), "alone": _decibel(alone), "changed": changed, "together": decibels})
     found.sort(key=lambda each: inf if each["alone"] is None else each["alone"])
     spare = _option(steps[by], by, [each["name"] for each in found[: _most_of(found)]])
+    chosen = f"compress=[{','.join(steps)}]"  # the run may have been compressed otherwise since
     return {
         "network": name,
+        "step": by,
         "images": len(images),
         "of": len(names),
         "layers": found[:LISTED],
         "spare": spare,
-        "command": spare and asked.again(f"run={folder}", "stages=[compress,export,report]", spare),
+        "command": spare and asked.again(f"run={folder}", "stages=[compress,export,report]", chosen, spare),
     }
 
 

@@ -86,9 +86,11 @@ def test_a_loss_beyond_chance_is_a_line_with_its_steps_and_the_way_out():
 
     ways = {"student-x.onnx": [(STUDENT, answers(0)), ("x", answers(60)), (KERNELS, answers(60) * 2)]}
     items = bill.bill(ways, {"student-x.onnx": "onnx"}, labels, CLASSES)
-    line = bill.remark(items, [{"network": "student-x", "command": "python train.py x"}])
+    line = bill.remark(items, [{"network": "student-x", "step": "x", "command": "python train.py x"}])
     assert line.startswith("student-x.onnx loses -10.00 (") and "x -10.00, kernels +0.00" in line
     assert line.endswith("in int8: python train.py x")
+    cheap = [{"network": "student-x", "step": "y", "command": "python train.py x"}]
+    assert bill.remark(items, cheap).endswith("kernels +0.00")  # it is not int8 that costs
     assert bill.remark([of(WAY)], []) is None  # one image more or less is chance
 
 
@@ -97,6 +99,7 @@ def test_a_loss_beyond_chance_is_a_line_with_its_steps_and_the_way_out():
 
 LAYERS = {
     "network": "student-x",
+    "step": "static_int8",
     "images": 64,
     "of": 9,
     "layers": [{"name": "conv<1>", "alone": 20.5, "changed": 0.25, "together": {"onnx": 18.25, "fx": None}}],
@@ -240,7 +243,10 @@ def test_the_worst_layer_is_named_with_the_option_that_spares_it(data, tmp_path)
     assert first["name"] == "0.1.0" and {*first["together"]} == {"fx"}
     assert all(first["alone"] < other["alone"] - 6 for other in others)
     assert told["spare"] == "compress.static_int8.skip=[0.0.0,0.1.0]"
-    assert told["command"].endswith(f"run={tmp_path} 'stages=[compress,export,report]' '{told['spare']}'")
+    words = f"run={tmp_path} 'stages=[compress,export,report]' 'compress=[static_int8]' '{told['spare']}'"
+    assert told["command"].endswith(words) and told["step"] == "static_int8"
+        f"run={tmp_path} 'stages=[compress,export,report]' 'compress=[static_int8]' '{told['spare']}'"
+    )
     assert layers.told("student-x", {"fx": net}, {"fx": {"x": net}}, {}, data, tmp_path) is None
 
 

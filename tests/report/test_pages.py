@@ -92,7 +92,15 @@ def reported(tmp_path):
     told = details(logits, labels, data, bill.flips(ways, labels))
     helped = verdict.of(logits, labels)
     layer = {"name": SCRIPT, "alone": 20.0, "changed": 0.5, "together": {"onnx": 18.0}}
-    noisy = {"network": SCRIPT, "images": 64, "of": 3, "layers": [layer], "spare": SCRIPT, "command": SCRIPT}
+    noisy = {
+        "network": SCRIPT,
+        "step": SCRIPT,
+        "images": 64,
+        "of": 3,
+        "layers": [layer],
+        "spare": SCRIPT,
+        "command": SCRIPT,
+    }
     costs = bill.told(bill.bill(ways, dict.fromkeys(FILES, "onnx"), labels, NAMES), [noisy])
     rows = rows_of(logits, labels)
     page.write(rows, tmp_path, context, [f"{SCRIPT}: bad"], helped, details=told, metrics=METRICS, bill=costs)
