@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -245,14 +246,10 @@ def test_the_worst_layer_is_named_with_the_option_that_spares_it(data, tmp_path)
     assert told["spare"] == "compress.static_int8.skip=[0.0.0,0.1.0]"
     words = f"run={tmp_path} 'stages=[compress,export,report]' 'compress=[static_int8]' '{told['spare']}'"
     assert told["command"].endswith(words) and told["step"] == "static_int8"
-        f"run={tmp_path} 'stages=[compress,export,report]' 'compress=[static_int8]' '{told['spare']}'"
-    )
     assert layers.told("student-x", {"fx": net}, {"fx": {"x": net}}, {}, data, tmp_path) is None
 
 
 def _partial(**options):
-    from functools import partial
-
     return partial(static_int8, images=64, **options)
 
 
