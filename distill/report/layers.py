@@ -24,9 +24,10 @@ from distill.compress import flows
 from distill.compress.calibrate import answers, calibration
 from distill.compress.sensitivity import one_by_one
 from distill.data.base import Data
+from distill.progress import say
 from distill.runtimes import measure
 from distill.runtimes.coverage import is_quantized, stored
-from distill.runtimes.graph import CONV, LINEAR, module_of
+from distill.runtimes.graph import CONV, LINEAR, module_of, reason
 
 MACS = 1e11  # of all layers measured alone: seconds on one thread; it says on how many images
 MOST, LEAST = 64, 8  # images
@@ -72,8 +73,37 @@ def told(
             before = net
     if not pairs:
         return None
+    try:
+        measured = _measured(pairs, calibration(data, MOST, f"compress.{by}.images")[0])
+    except Exception as error:  # whatever the network's own code raises: the report goes on
+        say(f"warning: the layers of {name} are left out: {reason(error)}")
+        return None
+    if measured is None:
+        return None
+    images, found, floats = measured
+    spare = _option(steps[by], by, floats, [each["name"] for each in found[: _most_of(found)]])
+    chosen = f"compress=[{','.join(steps)}]"  # the run may have been compressed otherwise since
+    return {
+        "network": name,
+        "step": by,
+        "images": images,
+        "of": len(found),
+        "layers": found[:LISTED],
+        "spare": spare,
+        "command": spare and asked.again(f"run={folder}", "stages=[compress,export,report]", chosen, spare),
+    }
+
+
+def _measured(
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]], batch: Tensor
+) -> tuple[int, list[dict], list[str]] | None:
+    """On how many images of `batch`; the layers that are int8, the worst first; and the names of the others. None where
+    none can be found.
+
+    Args:
+        pairs: by flow, a network and what it was quantized to.
+    """
     net = next(iter(pairs.values()))[0]
-    batch = calibration(data, MOST, f"compress.{by}.images")[0]
     count = len(flows.layers(net)) * max(measure.macs(net, batch[:2]), 1)
     images = batch[: max(LEAST, min(MOST, int(MACS / count)))]
     together = {flow: noise(*pair, images) for flow, pair in pairs.items()}
@@ -86,25 +116,16 @@ def told(
         decibels = {flow: _decibel(heard[layer]) for flow, heard in together.items() if layer in heard}
         found.append({"name": _short(layer), "alone": _decibel(alone), "changed": changed, "together": decibels})
     found.sort(key=lambda each: inf if each["alone"] is None else each["alone"])
-    spare = _option(steps[by], by, [each["name"] for each in found[: _most_of(found)]])
-    chosen = f"compress=[{','.join(steps)}]"  # the run may have been compressed otherwise since
-    return {
-        "network": name,
-        "step": by,
-        "images": len(images),
-        "of": len(names),
-        "layers": found[:LISTED],
-        "spare": spare,
-        "command": spare and asked.again(f"run={folder}", "stages=[compress,export,report]", chosen, spare),
-    }
+    return len(images), found, [_short(layer) for layer in flows.layers(net) if layer not in names]
 
 
-def _option(step: Callable, name: str, layers: Sequence[str]) -> str | None:
-    """With which a compression step leaves these layers in float, besides those that it does already."""
+def _option(step: Callable, name: str, floats: Sequence[str], layers: Sequence[str]) -> str | None:
+    """With which a compression step leaves these layers in float, besides those that it leaves already: the named ones,
+    or with skip=auto the `floats`."""
     given = getattr(step, "keywords", {})
     if "skip" not in given:
         return None
-    skipped = [] if isinstance(given["skip"], str) else map(str, given["skip"])
+    skipped = floats if isinstance(given["skip"], str) else map(str, given["skip"])
     return f"compress.{name}.skip=[{','.join(dict.fromkeys([*skipped, *layers]))}]"
 
 

@@ -253,12 +253,18 @@ def _partial(**options):
     return partial(static_int8, images=64, **options)
 
 
-def test_layers_of_a_large_network_are_measured_on_few_images(net, data, tmp_path, monkeypatch):
-    steps = {"static_int8": _partial(skip="auto", drop=1.0)}
+def test_layers_of_a_large_network_are_measured_on_few_images(net, data, tmp_path, monkeypatch, capsys):
+    steps = {"static_int8": _partial(skip=["second"])}
     made, _ = compress(steps, net, data, None, ["fx"])
     monkeypatch.setattr(layers, "MACS", 1)
+    steps = {"static_int8": _partial(skip="auto")}  # that left the same one in float
     told = layers.told("student-static_int8", {"fx": net}, made, steps, data, tmp_path)
-    assert told["images"] == layers.LEAST and told["spare"].startswith("compress.static_int8.skip=[")
+    assert told["images"] == layers.LEAST and told["of"] == 2
+    assert told["spare"].startswith("compress.static_int8.skip=[second,")
+    capsys.readouterr()
+    monkeypatch.setattr(layers, "noise", lambda *given: 1 / 0)
+    assert layers.told("student-static_int8", {"fx": net}, made, steps, data, tmp_path) is None
+    assert "the layers of student-static_int8 are left out: ZeroDivisionError" in capsys.readouterr().out
 
 
 # From the network to the page
