@@ -15,6 +15,7 @@ ROOMS = (  # from the user down to the ground; imports point downwards only
     *(
         "api",
         "cli",
+        "device",
         "report",
         "runs",
         "training",

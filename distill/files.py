@@ -121,6 +121,15 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in _files(Path(path)))
 
 
+def digest(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, or of all files in a folder with their names."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    told = [f"{part.relative_to(path).as_posix()} {digest(part)}" for part in sorted(path.rglob("*")) if part.is_file()]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
 def own_temporary(path: Path) -> Path:
     """A name beside `path` that no other process uses."""
     return path.with_name(f".{path.name}.{MACHINE}.{os.getpid()}.tmp")

@@ -154,7 +154,7 @@ def export(
         origin = {"run": student.folder.name} if student.folder else {}
         files, failures = exporters_of.export(nets, exporters, target, found, origin)
         measurable, answered = {"student": _Shipped(plain)}, {"student": [], **files}
-        rows, unlike, _, _ = measured.evaluate(measurable, floats | nets, answered, found, build.tolerance(cfg))
+        rows, unlike, *_ = measured.evaluate(measurable, floats | nets, answered, found, build.tolerance(cfg))
         failures += unlike
         write_readme(rows, found, target, failures)
         if failures:

@@ -20,7 +20,7 @@ def pipeline(cfg: DictConfig) -> None:
         from distill.export.deploy import write_readme
         from distill.networks.weights import content_hash
         from distill.progress import leads, say
-        from distill.report import diagnosis, page, parity, ship, tables
+        from distill.report import bill, diagnosis, layers, page, parity, ship, tables
         from distill.report.details import details
         from distill.report.evaluate import evaluate
         from distill.report.made import made_by
@@ -71,13 +71,16 @@ def pipeline(cfg: DictConfig) -> None:
         student = job.student()
         exporters, failures = build.steps(cfg.export), []
         nets = {"student": export.for_all(student.plain(), exporters)}  # what ships, by file name and runtime
+        between = {}  # and what each compression step made
         if cfg.compress and job.compresses():
             finetune = roles.finetuning(cfg, teacher, data, folder, exporters, job.origin())
             steps, flows = build.steps(cfg.compress), [export.flow(each) for each in exporters.values()]
             small, failures = compress.compress(steps, student.plain(), data, finetune, flows)
+            compressed = "-".join(["student", *steps])
+            between[compressed] = small
+            nets[compressed] = {flow: [*made.values()][-1] for flow, made in small.items()}
             if "auto" in steps and (spanning := together(folder, flows)):
                 say(spanning)
-            nets["-".join(["student", *steps])] = small
             job.write(compressed=list(steps))
 
         files = {name: [] for name in nets}
@@ -96,7 +99,7 @@ def pipeline(cfg: DictConfig) -> None:
                 "student": student,
             }
             networks["student (last epoch)"] = None if given else job.student(run.STUDENT_LAST)
-            rows, unlike, logits, labels = evaluate(networks, nets, files, data, build.tolerance(cfg))
+            rows, unlike, logits, labels, ways = evaluate(networks, nets, files, data, build.tolerance(cfg), between)
             failures += unlike
             over = {}
             if "auto" in cfg.compress:
@@ -115,8 +118,11 @@ def pipeline(cfg: DictConfig) -> None:
             setbacks = divergence.told(job.record.get("setbacks", ()))
             context = job.context(data) | left_out(data) | pilots.told(folder) | setbacks
             shipping = ship.advice(rows, [*failures, *earlier, *over.values()], student.net, folder)
-            about = details(logits, labels, data)
-            page.write(rows, folder, context, failures + earlier, helped, figures, about, metrics, shipping)
+            about = details(logits, labels, data, bill.flips(ways, labels))
+            items = bill.bill(ways, {row.name: row.format for row in rows}, labels, data.classes)
+            noisy = [layers.told(name, nets["student"], small, steps, data, folder) for name, small in between.items()]
+            costs = bill.with_earlier(bill.told(items, filter(None, noisy)), rows, folder)
+            page.write(rows, folder, context, failures + earlier, helped, figures, about, metrics, shipping, costs)
             if any(files.values()):
                 write_readme(rows, data, folder / "export", failures + earlier)
             if loggers:
@@ -125,8 +131,9 @@ def pipeline(cfg: DictConfig) -> None:
                 say(line)
             for line in parity.remarks(rows):
                 say(f"remark: {line}")
-            for line in shipping:
-                say(line)
+            for line in [*shipping, bill.remark(items, costs["layers"])]:
+                if line:
+                    say(line)
             exported = ", export/" if any(files.values()) else ""
             say(f"{folder}: report.html, report.md, report.json, report.png{exported}")
         if failures:

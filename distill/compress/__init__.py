@@ -25,8 +25,8 @@ from distill.runtimes.graph import place, reason
 
 def compress(
     steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable, flows: Iterable[str]
-) -> tuple[dict[str, nn.Module], list[str]]:
-    """`net` through the `chain` for each runtime: {flow: compressed net}, and one line for each that failed; where
+) -> tuple[dict[str, dict[str, nn.Module]], list[str]]:
+    """`net` through the `links` for each runtime: {flow: {step: net}}, and one line for each flow that failed; where
     one file within a budget is enough (OverBudget), the others are told and no failures.
 
     Raises:
@@ -38,7 +38,7 @@ def compress(
     for flow in flows:
         say(f"compress: {', '.join(steps)} ({flow})")
         try:
-            nets[flow] = chain(steps, net, data, finetune, flow)
+            nets[flow] = dict(links(steps, net, data, finetune, flow))
         except UsageError:
             raise
         except OverBudget as error:
@@ -46,7 +46,7 @@ def compress(
         except UserError as error:
             failures.append(f"compress for {flow}: {error}")
         else:
-            say(describe(nets[flow]))
+            say(describe(list(nets[flow].values())[-1]))
     if nets:  # another runtime's file is within the budget
         for line in over:
             say(f"  {line}")
@@ -56,7 +56,16 @@ def compress(
 def chain(
     steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable | None = None, flow: str = "fx"
 ) -> nn.Module:
-    """The steps one after the other, each on what the one before returned.
+    """What the last of the `links` is."""
+    for _, small in links(steps, net, data, finetune, flow):
+        net = small
+    return net
+
+
+def links(
+    steps: Mapping[str, Callable], net: nn.Module, data: Data, finetune: Callable | None = None, flow: str = "fx"
+) -> Iterator[tuple[str, nn.Module]]:
+    """The steps one after the other, each on what the one before returned: (step, what it returned).
 
     Args:
         steps: by name, in order.
@@ -75,7 +84,7 @@ def chain(
             if not isinstance(net, nn.Module):
                 line = f"compress={name} returns {net!r:.60}: expected the new network, a torch.nn.Module"
                 raise UsageError(prefixed(place_of(step), line))
-    return net
+        yield name, net
 
 
 def attempt(steps: Mapping[str, Callable], net: nn.Module, data: Data, flows: Iterable[str]) -> None:

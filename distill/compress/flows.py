@@ -99,7 +99,7 @@ def prepare(
         if value not in choices:
             raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
     skip = paths(net, skip)
-    net = _apart(copy.deepcopy(net).eval())
+    net = apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
         _refuse_random(net, example)
         return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
@@ -155,7 +155,7 @@ def dynamic(net: nn.Module, example: Tensor, flow: str) -> nn.Module:
     Raises:
         UserError: a network whose graph can't be captured.
     """
-    net = _apart(copy.deepcopy(net).eval())
+    net = apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
         try:
             from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -219,7 +219,7 @@ def rounded(weight: Tensor, flow: str) -> Tensor:
     return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale).int(), 0, -most, most)
 
 
-def _apart(net: nn.Module) -> nn.Module:
+def apart(net: nn.Module) -> nn.Module:
     """`net` in layers that the flows know:
 
     - a batch norm and its activation in one (timm's) are two: captured as one it is not known for a batch norm, so it

@@ -1,4 +1,5 @@
-"""What the models answered, image by image: by class, by confidence, which were confused, and the worst mistakes."""
+"""What the models answered, image by image: by class, by confidence, which were confused, the worst mistakes, and what
+a file has wrong that the float student had right."""
 
 import base64
 import io
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from distill.data.base import Data, Split
 from distill.progress import printable
+from distill.report import bill
 from distill.runtimes.measure import ECE_BINS
 
 CLASSES = 100  # that are listed: those that the student knows least
@@ -20,13 +22,16 @@ PIXELS = 128  # the longer side of their pictures at most
 SMALL = 64  # px: a picture up to this size is kept without loss
 
 
-def details(answers: Mapping[str, Tensor], labels: Tensor, data: Data) -> dict:
+def details(
+    answers: Mapping[str, Tensor], labels: Tensor, data: Data, flipped: Mapping[str, Tensor] | None = None
+) -> dict:
     """What report.html shows beyond the report's rows; plain values, whose number doesn't grow with the images.
 
     Args:
         answers: finite logits (N, K) on the test images by the names of the report's rows, among them "student".
         labels: (N,) int64.
-        data: of whose test images the worst are read once more.
+        data: of whose test images the worst, and those that flipped, are read once more.
+        flipped: by file the rows that it has wrong and the float student right, see distill.report.bill.
     """
     told = {name: logits.softmax(1).max(1) for name, logits in answers.items()}
     sure = {name: confidence.double() for name, (confidence, _) in told.items()}
@@ -36,7 +41,8 @@ def details(answers: Mapping[str, Tensor], labels: Tensor, data: Data) -> dict:
         "classes": _classes(right, labels, data.classes),
         "confused": _confused(said["student"], labels, data.classes),
         "calibration": {name: _bins(sure[name], right[name]) for name in answers},
-        "worst": _worst(sure, said, right["student"], labels, data),
+        "worst": _cards(_worst(sure["student"], right["student"]), sure, said, labels, data, PIXELS),
+        "flips": _cards(bill.shown(flipped or {}), sure, said, labels, data, SMALL),
     }
 
 
@@ -78,22 +84,26 @@ def _bins(sure: Tensor, right: Tensor) -> list[list[float]]:
     return found
 
 
-def _worst(
-    sure: Mapping[str, Tensor], said: Mapping[str, Tensor], right: Tensor, labels: Tensor, data: Data
-) -> list[dict]:
-    """The images that the student was most sure of and wrong, with what every model said."""
+def _worst(sure: Tensor, right: Tensor) -> list[int]:
+    """The images that the student was most sure of and wrong."""
     wrong = (~right).nonzero()[:, 0]
-    rows = wrong[sure["student"][wrong].argsort(descending=True, stable=True)[:WORST]]
-    if not len(rows):
+    return wrong[sure[wrong].argsort(descending=True, stable=True)[:WORST]].tolist()
+
+
+def _cards(
+    rows: list[int], sure: Mapping[str, Tensor], said: Mapping[str, Tensor], labels: Tensor, data: Data, side: int
+) -> list[dict]:
+    """Test images with what every model said; their pictures' longer side is `side` px at most."""
+    if not rows:
         return []
     return [
         {
             "image": _name(data.test, row),
             "label": data.classes[labels[row]],
             "said": {name: [data.classes[said[name][row]], round(sure[name][row].item(), 4)] for name in said},
-            "picture": _picture(image),
+            "picture": _picture(image, side),
         }
-        for row, image in zip(rows.tolist(), data.test[rows, 0].images, strict=True)
+        for row, image in zip(rows, data.test[torch.tensor(rows), 0].images, strict=True)
     ]
 
 
@@ -105,11 +115,11 @@ def _name(split: Split, row: int) -> str:
     return f"test image {row}"
 
 
-def _picture(image: Tensor) -> str:
-    """(3, H, W) in [0, 1] as a data: URI."""
+def _picture(image: Tensor, side: int) -> str:
+    """(3, H, W) in [0, 1] as a data: URI, of `side` px at most."""
     pixels = Image.fromarray((255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
-    pixels.thumbnail((PIXELS, PIXELS))
     kind, options = ("png", {"optimize": True}) if max(pixels.size) <= SMALL else ("jpeg", {"quality": 80})
+    pixels.thumbnail((side, side))
     buffer = io.BytesIO()
     pixels.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

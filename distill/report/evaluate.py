@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from distill.data.base import Data
 from distill.errors import UserError
 from distill.export import Nets, told
+from distill.files import digest
 from distill.networks.network import Network
-from distill.networks.weights import serialised_bytes
-from distill.report import parity, tables
+from distill.networks.weights import content_hash, serialised_bytes
+from distill.report import bill, parity, tables
 from distill.runtimes import measure
 from distill.runtimes.artifact import Artifact
 from distill.runtimes.coverage import COMPUTED, HALF, computed_share, int8_share, stored
@@ -25,7 +26,8 @@ def evaluate(
     files: Mapping[str, Sequence[Artifact]],
     data: Data,
     tolerance: Mapping,
-) -> tuple[list[tables.Row], list[str], dict[str, Tensor], Tensor]:
+    between: Mapping[str, Mapping[str, Mapping[str, nn.Module]]] | None = None,
+) -> tuple[list[tables.Row], list[str], dict[str, Tensor], Tensor, bill.Ways]:
     """Measure all models of a run; each file answers in a process of its own.
 
     Args:
@@ -34,10 +36,11 @@ def evaluate(
         files: what was exported, by the same names.
         data: its test images are read once, by all models together.
         tolerance: {"file", "rounding", "float", "compressed"}, bounds of `report.difference`.
+        between: by name and flow of `nets`, what each compression step made, the network itself last.
 
     Returns:
         The rows, one line for each reason why a file may not ship, the rows' logits on the test images, (N, K) by
-        name, and these images' labels (N,).
+        name, these images' labels (N,), and the files' ways from the teacher, see `distill.report.bill`.
     """
     plain = {name: network.plain() for name, network in networks.items() if network is not None}
     every = {file.path.name: file for several in files.values() for file in several}
@@ -47,10 +50,16 @@ def evaluate(
     # once, where it is the same for all flows; on the CPU: an accelerator may compute float32 in fewer digits
     sources = {f"source {id(net)}": net for net in [*source_of.values(), *nets["student"].values()]}
     student = f"source {id(next(iter(nets['student'].values())))}" if nets["student"] else "student"
+    made = {
+        file.path.name: (between or {}).get(name, {}).get(file.flow, {})
+        for name, several in files.items()
+        for file in several
+    }
+    halfway = {_key(step, net): net for steps in made.values() for step, net in [*steps.items()][:-1]}
     example = data.test[torch.zeros(1, dtype=torch.int64), 0].images
     with serve(artifacts, data.num_classes) as served:
         eager = {name: _on_device(net) for name, net in plain.items()}
-        models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in sources.items()}}
+        models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in (sources | halfway).items()}}
         models |= {name: _as_shipped(source_of[name], each) for name, each in served.items()}
         logits, labels, failed = measure.predict(models, data.test_loader())
         answered = [name for name in artifacts if name in logits and f"source {id(source_of[name])}" in logits]
@@ -77,6 +86,7 @@ def evaluate(
             bytes=size,
             int8_share=small,
             int8_computed=computed,
+            digest=digest(artifacts[name].path) if name in artifacts else None,
         )
 
     rows = [row(name, net, serialised_bytes(net)) for name, net in plain.items()]
@@ -90,8 +100,24 @@ def evaluate(
             file = artifacts[name]
             rows.append(row(name, net, measure.file_bytes(file.path), file.shares and file.shares(file.path)))
     measured = {row.name: logits[row.name] for row in rows}
+
+    def way(name: str) -> list[tuple[str, Tensor]]:
+        """From the teacher to a file, as far as it answers."""
+        *first, last = [*made[name].items()] or [None]
+        keys = [(step, _key(step, net)) for step, net in first]
+        keys += [(last[0], f"source {id(source_of[name])}")] if last else []
+        stations = [(bill.TEACHER, "teacher"), (bill.STUDENT, student), *keys, (bill.KERNELS, name)]
+        return [(station, logits[key]) for station, key in stations if key in logits]
+
+    known = [name for name, file in every.items() if student in logits and (file.elsewhere or name in measured)]
+    ways = {name: way(name) for name in known}
     rows += [_unexecuted(file, source_of[name], example) for name, file in every.items() if file.elsewhere]
-    return tables.compare(rows), list(dict.fromkeys(failures)), measured, labels
+    return tables.compare(rows), list(dict.fromkeys(failures)), measured, labels, ways
+
+
+def _key(step: str, net: nn.Module) -> str:
+    """The same for what a step made that is the same in several flows."""
+    return f"{step} {content_hash(net)}"
 
 
 @torch.no_grad()
@@ -121,6 +147,7 @@ def _unexecuted(file: Artifact, net: nn.Module, example: Tensor) -> tables.Row:
         bytes=measure.file_bytes(file.path),
         int8_share=small,
         int8_computed=computed,
+        digest=digest(file.path),
     )
 
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distill.files import sealed
+from distill.files import damaged, sealed
 from distill.progress import shown
-from distill.report import run_page
+from distill.report import bill_page, phones, run_page
 from distill.report.diagnosis import Figures, findings
 from distill.report.parity import remarks
 from distill.report.plot import plot
 from distill.report.tables import Row, cells, ordered, reference_of, unmeasured
 from distill.runs.run import PACKAGES
+from distill.runs.tables import read_report
 from distill.runs.verdict import Verdict
 from distill.runtimes import measure
 from distill.runtimes.artifact import write as write_file
@@ -51,6 +52,7 @@ def write(
     details: Mapping | None = None,
     metrics: pd.DataFrame | None = None,
     shipping: Sequence[str] = (),
+    bill: Mapping | None = None,
 ) -> None:
     """Writes report.json, report.md, report.png and report.html into `folder`, and details.json where there are
     details, each whole or not at all.
@@ -63,6 +65,7 @@ def write(
         details: see distill.report.details.
         metrics: by epoch, see distill.runs.tables.curves.
         shipping: which file to ship, see distill.report.ship.
+        bill: where the accuracy went, see distill.report.bill.told.
 
     Raises:
         UserError: a file cannot be written.
@@ -75,6 +78,7 @@ def write(
         "ship": list(shipping),
         "figures": figures and asdict(figures),
         "rows": [asdict(row) for row in rows],
+        "bill": bill or {},
         "failures": list(failures),
         "unmeasured": _unmeasured(rows, failures, folder / "export"),
         "context": dict(context),
@@ -82,23 +86,14 @@ def write(
         "protocol": PROTOCOL,
     }
     write_file(folder / "report.json", sealed(content).encode())
-    write_file(
-        folder / "report.md",
-        _markdown(
-            rows,
-            context,
-            failures,
-            machine,
-            [*([verdict] if verdict else []), *found, *shipping],
-            content["unmeasured"],
-        ).encode(),
-    )
+    measured_on = phones.read(folder, rows)
+    write_file(folder / "report.md", markdown(content, measured_on).encode())
     write_file(folder / "report.png", plot(rows))
     if details is None:
         (folder / run_page.DETAILS).unlink(missing_ok=True)  # of an earlier report
     else:
         write_file(folder / run_page.DETAILS, sealed(details).encode())
-    write_file(folder / "report.html", run_page.page(content, details, metrics).encode())
+    write_file(folder / "report.html", run_page.page(content, details, metrics, measured_on).encode())
 
 
 def _unmeasured(rows: list[Row], failures: Sequence[str], folder: Path) -> list[str]:
@@ -128,14 +123,23 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _markdown(
-    rows: list[Row],
-    context: Mapping,
-    failures: Sequence[str],
-    machine: Mapping,
-    told: Sequence[Verdict | str],
-    unmeasured: Sequence[str],
-) -> str:
+def rebuild(folder: Path) -> None:
+    """Writes a finished run's report.md and report.html anew. Raises UserError as `run_page.read` does."""
+    html, content = run_page.read(folder), read_report(folder)
+    try:
+        text = markdown(content, phones.read(folder, run_page.rows_of(content)))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise damaged(folder / "report.json", "what it says besides its rows makes no sense") from None
+    write_file(folder / "report.md", text.encode())
+    write_file(folder / "report.html", html.encode())
+
+
+def markdown(content: Mapping, measured_on: Sequence[phones.Phone] = ()) -> str:
+    """report.md from what report.json says, and from `distill.report.phones.read`."""
+    rows, context, machine = run_page.rows_of(content), content.get("context", {}), content.get("environment", {})
+    failures, unmeasured, bill = content.get("failures", ()), content.get("unmeasured", ()), bill_page.markdown(content)
+    verdict = content.get("verdict")
+    told = [*([verdict["sentence"]] if verdict else []), *content.get("findings", ()), *content.get("ship", ())]
     headers, *body = cells(rows, short=False)
     lines = [
         "# Report",
@@ -143,9 +147,7 @@ def _markdown(
         *(f"- {_text(str(line)[0].upper() + str(line)[1:])}." for line in told),
         *([""] if told else []),
     ]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(headers) - 1))
-    lines += ["| " + " | ".join(map(_text, cells)) + " |" for cells in body]
+    lines += _table(headers, body)
     images = f"{context['test images']:,}" if "test images" in context else "so many"
     reference = reference_of(rows)
     over = f" Gain: top-1 in points over the {reference.name}." if reference else ""
@@ -165,12 +167,21 @@ def _markdown(
         lines += ["", "## Remarks", "", *(f"- {_text(line)}" for line in told)]
     if failures:
         lines += ["", "## May not ship", "", *(f"- {_text(line)}" for line in failures)]
+    for phone in measured_on:
+        headers, *body = phones.table(phone, rows)
+        lines += ["", f"## On {_text(phone.name)}, {_text(phone.date)}", "", *_table(headers, body), "", phones.SAID]
+    if bill.table:
+        lines += ["", "## Where the accuracy went", "", *_table(bill.table[0], bill.table[1:]), "", _text(bill.said)]
+        lines += [""] if bill.layers else []
+        for line, command in bill.layers:
+            way = f"; leaves the worst in float: {_value('command', command)}" if command else ""
+            lines.append(f"- {_text(line)}{way}")
     if commands := dict.fromkeys(row.command for row in rows if row.command):
         lines += ["", "## Made by", ""]
         for command in commands:
             names = ", ".join(row.name for row in rows if row.command == command)
             lines.append(f"- {_text(names)}: {_value('command', command)}")
-    for title, values in (("Run", context), ("Protocol", PROTOCOL), ("Machine", machine)):
+    for title, values in (("Run", context), ("Protocol", content.get("protocol", {})), ("Machine", machine)):
         if values:
             lines += [
                 "",
@@ -179,6 +190,12 @@ def _markdown(
                 *(f"- {_text(key)}: {_value(key, value)}" for key, value in values.items()),
             ]
     return "\n".join(lines) + "\n"
+
+
+def _table(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in headers) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(headers) - 1))
+    return [*lines, *("| " + " | ".join(map(_text, cells)) + " |" for cells in body)]
 
 
 def _value(key: str, value) -> str:

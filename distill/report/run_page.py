@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.files import damaged, read_json
-from distill.report import parts, svg
+from distill.report import bill_page, parts, phones, svg
+from distill.report.bill import FLIPS, SHOWN
 from distill.report.marks import colour, mark
 from distill.report.parity import remarks
 from distill.report.parts import Cell, Html, text
@@ -58,7 +59,7 @@ def read(folder: Path) -> str:
     except UserError:  # of a student that was given, or they are damaged: the rest can be shown
         metrics = None
     try:
-        return page(content, details, metrics)
+        return page(content, details, metrics, phones.read(folder, rows_of(content)))
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged(folder / "report.json", "what it says besides its rows makes no sense") from None
 
@@ -70,8 +71,14 @@ def rebuild(folder: Path) -> Path:
     return file
 
 
-def page(content: Mapping, details: Mapping | None, metrics: pd.DataFrame | None) -> str:
-    """HTML from what report.json says, from `distill.report.details.details`, and from `distill.runs.tables.curves`.
+def page(
+    content: Mapping,
+    details: Mapping | None,
+    metrics: pd.DataFrame | None,
+    measured_on: Sequence[phones.Phone] = (),
+) -> str:
+    """HTML from what report.json says, from `distill.report.details.details`, from `distill.runs.tables.curves`, and
+    from `distill.report.phones.read`.
 
     What an earlier version did not keep is left out, and that is said.
     """
@@ -84,6 +91,8 @@ def page(content: Mapping, details: Mapping | None, metrics: pd.DataFrame | None
         _warnings(content, rows),
         parts.section("Models", models(rows), _caption(rows, context)),
         parts.section("Accuracy and cost", plots([(row.name, row) for row in rows])),
+        parts.section("On a phone", *(_phone(phone, rows) for phone in measured_on)),
+        parts.section("Where the accuracy went", *bill_page.page(content)),
         parts.section("Training", _training(metrics)),
         *_answers(rows, details),
         parts.section("What made it", _made(rows, context)),
@@ -167,6 +176,16 @@ def plots(named: Sequence[tuple[str, Row]]) -> str:
     return parts.side_by_side(*drawn) + parts.legend((svg.key(mark(name)), name) for name in names)
 
 
+def _phone(phone: phones.Phone, rows: Sequence[Row]) -> str:
+    headers, *lines = phones.table(phone, rows)
+    cells = [
+        [Cell(parts.marked(name, mark(name)), name, "name"), *(Cell(each, _number(each)) for each in figures)]
+        for name, *figures in lines
+    ]
+    note = f'<p class="quiet">{text(phones.SAID)}</p>'
+    return parts.figure(f"{phone.name}, {phone.date}", parts.table(headers, cells), note)
+
+
 def _training(metrics: pd.DataFrame | None) -> str:
     if metrics is None:
         return '<p class="quiet">No metrics: nothing was trained in this run, or they are gone.</p>'
@@ -212,6 +231,7 @@ def _answers(rows: Sequence[Row], details: Mapping | None) -> list[str]:
         return [
             parts.section("Classes", _confused(details["confused"]), _classes(rows, details["classes"])),
             parts.section("Worst images", _worst(details["worst"])),
+            parts.section("Flips", _flips(details.get("flips", ()))),
             parts.section("Calibration", _calibration(rows, details["calibration"])),
         ]
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -281,6 +301,23 @@ def _classes(rows: Sequence[Row], found: Mapping) -> str:
 def _worst(found: Sequence[Mapping]) -> str:
     if not found:
         return "<p>The student answered every test image rightly.</p>"
+    return (
+        '<p class="quiet">What the student was most sure of, and wrong: the label, and who answered what, how '
+        f"confidently; right answers are shaded.</p>{_cards(found)}"
+    )
+
+
+def _flips(found: Sequence[Mapping]) -> str:
+    if not found:
+        return ""
+    return (
+        f'<p class="quiet">What the float student has right and a file has wrong: {FLIPS} images of each file, those '
+        f"that it is surest of, {SHOWN} at most.</p>{_cards(found)}"
+    )
+
+
+def _cards(found: Sequence[Mapping]) -> str:
+    """Images with their label, and who answered what."""
     cards = []
     for each in found:
         picture = each["picture"]
@@ -298,10 +335,7 @@ def _worst(found: Sequence[Mapping]) -> str:
             f'<div class="card"><img src="{picture}" alt=""><b>{text(each["label"])}</b> '
             f'<span class="quiet">{text(each["image"])}</span><ul>{said}</ul></div>'
         )
-    return (
-        '<p class="quiet">What the student was most sure of, and wrong: the label, and who answered what, how '
-        f'confidently; right answers are shaded.</p><div class="cards">{"".join(cards)}</div>'
-    )
+    return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _calibration(rows: Sequence[Row], found: Mapping) -> str:

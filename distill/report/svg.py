@@ -17,6 +17,7 @@ ADVANCE, LINE = 0.62 * FONT, 1.3 * FONT
 RADIUS = 5.5
 LONGEST = 26  # signs of a point's label; the legend has the whole name
 MOST = 400  # points of a curve
+NAMED, STAGE = 18, 24  # signs of a waterfall's label, px of its row
 
 
 class Point(NamedTuple):
@@ -32,6 +33,18 @@ class Curve(NamedTuple):
     ys: Sequence[float]
     colour: str
     dash: str = ""  # as SVG's stroke-dasharray
+
+
+class Stage(NamedTuple):
+    """A row of a waterfall: from one value to the next, which lies between `low` and `high`; or just a value."""
+
+    label: str
+    value: float
+    said: str  # at its right
+    colour: str
+    before: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 class Scale(NamedTuple):
@@ -103,6 +116,48 @@ def curves(lines: Sequence[Curve], xlabel: str, ylabel: str, bounds: tuple[float
         if len(kept) <= 20:
             body += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.2" fill="{line.colour}"/>' for x, y in kept]
     return _svg(body, f"{ylabel} by {xlabel}")
+
+
+def waterfall(stages: Sequence[Stage], xlabel: str) -> str:
+    """Values that follow from each other, downwards: a bar from each to the next, with its interval as a line."""
+    left, right = ADVANCE * (NAMED + 1), WIDTH - ADVANCE * (max(len(stage.said) for stage in stages) + 1)
+    values = [each for stage in stages for each in (stage.value, stage.low, stage.high) if each is not None]
+    margin = (max(values) - min(values)) * 0.05 or 0.5
+    across = Scale(min(values) - margin, max(values) + margin, left, right)
+    height = STAGE * len(stages)
+    body, end = [], -math.inf
+    for value in ticks(across.low, across.high):
+        x, words = across(value), f"{value:.5g}"
+        half = ADVANCE * len(words) / 2
+        body.append(f'<line class="grid" x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}"/>')
+        if x - half > end + 4:
+            body.append(f'<text class="tick" x="{x:.1f}" y="{height + 13}" text-anchor="middle">{words}</text>')
+            end = x + half
+    for number, stage in enumerate(stages):
+        y, x = STAGE * (number + 0.5), across(stage.value)
+        base = y + 0.35 * FONT
+        body.append(f'<text x="0" y="{base:.1f}">{escape(shortened(stage.label, NAMED))}</text>')
+        body.append(f'<text x="{WIDTH}" y="{base:.1f}" text-anchor="end">{escape(stage.said)}</text>')
+        if stage.before is None:
+            body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{stage.colour}"/>')
+        else:
+            start, end = sorted((x, across(stage.before)))
+            width = max(end - start, 1.5)
+            body.append(
+                f'<rect x="{start:.1f}" y="{y - 6:.1f}" width="{width:.1f}" height="12" fill="{stage.colour}"/>'
+            )
+        if stage.low is not None and stage.high is not None:
+            ends = across(stage.low), across(stage.high)
+            body.append(f'<line x1="{ends[0]:.1f}" y1="{y:.1f}" x2="{ends[1]:.1f}" y2="{y:.1f}" stroke="#1c1c1c"/>')
+            body += [
+                f'<line x1="{x:.1f}" y1="{y - 3:.1f}" x2="{x:.1f}" y2="{y + 3:.1f}" stroke="#1c1c1c"/>' for x in ends
+            ]
+        if number + 1 < len(stages):
+            under = f'y1="{y:.1f}" x2="{x:.1f}" y2="{y + STAGE:.1f}" stroke="#777" stroke-dasharray="1 2"'
+            body.append(f'<line x1="{x:.1f}" {under}/>')
+    middle = (left + right) / 2
+    under = f'<text class="tick" x="{middle:.1f}" y="{height + 28}" text-anchor="middle">{escape(xlabel)}</text>'
+    return _svg([*body, under], ", ".join(f"{stage.label} {stage.said}" for stage in stages), height + 34)
 
 
 def nothing() -> str:
@@ -189,7 +244,7 @@ def _front(points: Sequence[Point], across: Scale, down: Scale) -> str:
 FAMILY = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 
 
-def _svg(body: Sequence[str], title: str) -> str:
+def _svg(body: Sequence[str], title: str, height: float = HEIGHT) -> str:
     look = f'font-family="{FAMILY}" font-size="{FONT}"'
-    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
+    view = f'viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}"'
     return f'<svg class="plot" {view} {look}>{"".join(body)}</svg>'

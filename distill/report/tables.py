@@ -42,6 +42,7 @@ class Row:
     measured: str | None = None  # when, where that was before the report's other rows
     command: str | None = None  # the one that made it
     student: str | None = None  # hash of the weights that it was made from, or of its own
+    digest: str | None = None  # SHA-256 of the file, see distill.files.digest
 
 
 def compare(rows: list[Row]) -> list[Row]:

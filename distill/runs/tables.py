@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LONGEST = 100 * MOST  # bytes of a file of metrics
 SAME = ["teacher", "student", "data", "loss", "options"]  # of runs that differ in nothing but their seed
-TEXTS = ("name", "format", "measured", "command", "student")  # of a report's row
+TEXTS = ("name", "format", "measured", "command", "student", "digest")  # of a report's row
 
 
 def folders(root: str | Path = "outputs") -> list[Path]:

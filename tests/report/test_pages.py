@@ -19,7 +19,7 @@ from distill.data.base import from_arrays
 from distill.errors import UserError
 from distill.files import write_json
 from distill.report import __main__ as command
-from distill.report import page, run_page, sweep_page, tables
+from distill.report import bill, page, run_page, sweep_page, tables
 from distill.report.details import CLASSES, PAIRS, WORST, details
 from distill.report.labels import Box, place, shortened
 from distill.report.marks import COLOURS, NETWORKS, OUTLINES, SHAPES, mark
@@ -85,22 +85,46 @@ def reported(tmp_path):
         "command": f"python train.py 'name={SCRIPT}'",
         "data root": NAMES[2],
     }
-    told = details(logits, labels, data)
+    ways = {
+        name: [*((each, logits[each]) for each in ("teacher", "student")), ("kernels", logits[name])] for name in FILES
+    }
+    ways[FILES[2]].insert(2, (SCRIPT, logits[FILES[0]]))
+    told = details(logits, labels, data, bill.flips(ways, labels))
     helped = verdict.of(logits, labels)
-    page.write(rows_of(logits, labels), tmp_path, context, [f"{SCRIPT}: bad"], helped, details=told, metrics=METRICS)
+    layer = {"name": SCRIPT, "alone": 20.0, "changed": 0.5, "together": {"onnx": 18.0}}
+    noisy = {
+        "network": SCRIPT,
+        "step": SCRIPT,
+        "images": 64,
+        "of": 3,
+        "layers": [layer],
+        "spare": SCRIPT,
+        "command": SCRIPT,
+    }
+    costs = bill.told(bill.bill(ways, dict.fromkeys(FILES, "onnx"), labels, NAMES), [noisy])
+    rows = rows_of(logits, labels)
+    page.write(rows, tmp_path, context, [f"{SCRIPT}: bad"], helped, details=told, metrics=METRICS, bill=costs)
     return tmp_path
+
+
+def pictured(folder):
+    """The images that are shown."""
+    told = json.loads((folder / "details.json").read_text())
+    assert told["worst"] and told["flips"]
+    return told["worst"] + told["flips"]
 
 
 def test_the_page_holds_what_a_run_found(reported):
     text = (reported / "report.html").read_text(encoding="utf-8")
     body = text[text.index("<body>") :]
     assert body.index('class="verdict') < body.index("<table")
-    for title in ("Models", "Accuracy and cost", "Training", "Classes", "Worst images", "Calibration", "What made it"):
+    for title in (
+        *("Models", "Accuracy and cost", "Where the accuracy went", "Training", "Classes", "Worst images", "Flips"),
+        *("Calibration", "What made it"),
+    ):
         assert f"<h2>{title}</h2>" in body
     assert (
-        "60 test images" in body
-        and "±2.0" in body
-        and body.count("data:image/png;base64,") == len(json.loads((reported / "details.json").read_text())["worst"])
+        "60 test images" in body and "±2.0" in body and body.count("data:image/png;base64,") == len(pictured(reported))
     )
     for escaped in map(html.escape, NAMES):
         assert escaped in body
@@ -140,7 +164,9 @@ def test_a_page_does_not_grow_with_classes_images_or_epochs(tmp_path):
     logits = {
         name: values for name, values in answers(labels, classes).items() if name in ("teacher", "student", FILES[0])
     }
-    told = details(logits, labels, data)
+    ways = {FILES[0]: [("student", logits["student"]), ("kernels", logits[FILES[0]])]}
+    told = details(logits, labels, data, bill.flips(ways, labels))
+    assert len(told["flips"]) == bill.FLIPS
     assert len(told["classes"]["listed"]) == CLASSES and told["classes"]["of"] == classes
     assert len(told["confused"]["pairs"]) == PAIRS and len(told["worst"]) == WORST
     assert all(len(bins) <= 15 for bins in told["calibration"].values())
@@ -406,8 +432,8 @@ def test_in_a_browser(browser, reported, tmp_path, width, policy):
     found = measured(browser, reported / "report.html", width, policy, tmp_path)
     assert found["width"] == width and found["wide"] <= width  # no part of the page is wider
     assert found["bad"] is None and found["scripts"] == 2  # ours, and the one that measures
-    assert found["images"] == len(json.loads((reported / "details.json").read_text())["worst"])
-    assert len(found["plots"]) == 7
+    assert found["images"] == len(pictured(reported))
+    assert len(found["plots"]) == 7 + len(FILES)
     for plot in found["plots"]:
         for (one, *first), (other, *second) in itertools.combinations(plot["texts"], 2):
             assert not _overlap(first, second), (one, other)
