@@ -40,6 +40,7 @@ class Split(Dataset):
         training: report rows and views, and let the view decide the uniforms; otherwise index -1, view 0.
         seed: of the views.
         source: files that images in memory were decoded from.
+        answers: `answers(rows, view)`, what is kept of a teacher's answers, goes with each batch of training.
         as_bytes: images of a batch are uint8 where they are neither mixed nor made floats by `transform`.
     """
 
@@ -50,6 +51,7 @@ class Split(Dataset):
     training: bool = False
     seed: int = 0
     source: Encoded | None = None
+    answers: Callable | None = None
     as_bytes: bool = False
 
     def __post_init__(self):
@@ -72,9 +74,10 @@ class Split(Dataset):
         rows, view = torch.as_tensor(index[0], dtype=torch.int64), int(index[1])
         if not self.training:
             return Batch(self._made(rows, view), self.labels[rows], torch.full_like(rows, -1), 0)
+        answers = None if self.answers is None else self.answers(rows, view)
         if isinstance(self.transform, Chain) and self.transform.mixes:
-            return self._mixed(rows, view)
-        return Batch(self._made(rows, view), self.labels[rows], rows, view)
+            return self._mixed(rows, view)._replace(answers=answers)
+        return Batch(self._made(rows, view), self.labels[rows], rows, view, answers=answers)
 
     def _made(self, rows: Tensor, view: int) -> Tensor:
         images = self._seen(rows, view)
@@ -169,14 +172,18 @@ class Data:
             return self
         return replace(self, train=replace(self.train, images=images.to(device)))
 
-    def train_loader(self, seed: int, views: int | None = None, view_seed: int | None = None) -> DataLoader:
+    def train_loader(
+        self, seed: int, views: int | None = None, view_seed: int | None = None, answers: Callable | None = None
+    ) -> DataLoader:
         """Batches in the order of `seed`; `loader.sampler` is its EpochBatches.
 
         Args:
             views: how many repeatable views of a row take turns over the epochs; None: a new one every epoch.
             view_seed: of the views; None: `seed`.
+            answers: see Split; read by workers only: in this process it would be no sooner than where it is needed.
         """
-        split = replace(self.train, seed=seed if view_seed is None else view_seed)
+        view_seed = seed if view_seed is None else view_seed
+        split = replace(self.train, seed=view_seed, answers=answers if self.num_workers else None)
         return self._loader(split, EpochBatches(len(self.train), self.batch_size, seed, views))
 
     def views_loader(self, views: int, view_seed: int) -> DataLoader:
