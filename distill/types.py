@@ -83,16 +83,18 @@ class Batch(NamedTuple):
     view: int  # which repeatable augmentation of those rows this is
     partner: Tensor | None = None  # (N,) int64 in [0, K), label of what a mixed image was mixed with; None: not mixed
     share: Tensor | None = None  # (N,) float in [0.5, 1], of its own label
+    answers: dict[str, Tensor] | None = None  # what the teacher's cache keeps of them, where a worker has read it
 
     def to(self, device: torch.device) -> "Batch":
         """What networks and losses compute with on a device; `index` stays. Lightning moves batches by this."""
         device = torch.device(device)
-        moved = {
-            name: part.to(device, non_blocking=device.type == "cuda")
-            for name, part in self._asdict().items()
-            if name != "index" and isinstance(part, Tensor)
-        }
-        return self._replace(**moved)
+
+        def moved(part):
+            if isinstance(part, dict):
+                return {name: moved(inside) for name, inside in part.items()}
+            return part.to(device, non_blocking=device.type == "cuda") if isinstance(part, Tensor) else part
+
+        return Batch(**{name: part if name == "index" else moved(part) for name, part in self._asdict().items()})
 
 
 class Outputs(NamedTuple):

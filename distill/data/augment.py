@@ -22,6 +22,7 @@ from distill.schema.ranges import Count, Number, PositiveRange, ShareRange
 from distill.types import ImageSize, sides
 
 SMALL = 64  # px: images up to this side are kept in memory and worked on a batch at a time
+LOT = 2**21  # numbers: of the images that a processor works on at once, so that what is in between stays in its caches
 LONGEST = 32  # times: of an image's side, in proportion, that is resized as a whole
 _TRIES = 10
 
@@ -47,6 +48,12 @@ class Chain:
 
     def __call__(self, images: Tensor | Sequence[Tensor], uniforms: Tensor, size: ImageSize) -> Tensor:
         """What the first step takes, and uniforms (N, count): (N, C, H, W) uint8."""
+        lot = max(1, LOT // (3 * math.prod(sides(size)))) if uniforms.device.type == "cpu" else len(images)
+        starts = range(0, len(images), lot)
+        seen = [self._seen(images[start : start + lot], uniforms[start : start + lot], size) for start in starts]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def _seen(self, images: Tensor | Sequence[Tensor], uniforms: Tensor, size: ImageSize) -> Tensor:
         for step, part in zip(self.steps, uniforms.split([step.count for step in self.steps], dim=1), strict=True):
             images = step(images, part, size)
         return images
@@ -157,10 +164,11 @@ class RandomResizedCrop:
         boxes, flips = self.boxes(sizes, uniforms, width / height), self.flip & (uniforms[:, -1] < 0.5)
         if isinstance(images, Tensor) and max(images.shape[2:]) <= SMALL:
             crops = _resized_crops(images, boxes, (height, width))
-        else:  # dense matrices would cost more than a loop
-            pairs = zip(images, boxes.tolist(), strict=True)
-            crops = torch.stack([F.resized_crop(image, *box, [height, width], antialias=True) for image, box in pairs])
-        return torch.where(flips[:, None, None, None], crops.flip(3), crops)
+            return torch.where(flips[:, None, None, None], crops.flip(3), crops)
+        # dense matrices would cost more than a loop
+        pairs = zip(images, boxes.tolist(), strict=True)
+        crops = [F.resized_crop(image, *box, [height, width], antialias=True) for image, box in pairs]
+        return torch.stack([crop.flip(2) if flip else crop for crop, flip in zip(crops, flips.tolist(), strict=True)])
 
     def boxes(self, sizes: Tensor, uniforms: Tensor, aspect: float = 1.0) -> Tensor:
         """(N, 2) heights and widths, uniforms (N, 23) → (N, 4) int64: top, left, height, width.

@@ -16,6 +16,7 @@ from distill.data.augment import CenterCrop, Chain, RandomResizedCrop, ShiftFlip
 from distill.data.batches import EpochBatches, InOrder, ViewBatches
 from distill.data.draws import draws
 from distill.data.files import CorruptImage, Encoded, check
+from distill.data.loader import Loader, unit
 from distill.data.pack import Packed, pack, read_small
 from distill.data.survey import Survey, survey
 from distill.errors import UsageError, UserError
@@ -39,6 +40,8 @@ class Split(Dataset):
         training: report rows and views, and let the view decide the uniforms; otherwise index -1, view 0.
         seed: of the views.
         source: files that images in memory were decoded from.
+        answers: `answers(rows, view)`, what is kept of a teacher's answers, goes with each batch of training.
+        as_bytes: images of a batch are uint8 where they are neither mixed nor made floats by `transform`.
     """
 
     images: Tensor | Encoded | Packed
@@ -48,6 +51,8 @@ class Split(Dataset):
     training: bool = False
     seed: int = 0
     source: Encoded | None = None
+    answers: Callable | None = None
+    as_bytes: bool = False
 
     def __post_init__(self):
         labels = self.labels
@@ -65,30 +70,35 @@ class Split(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: tuple[Sequence[int], int]) -> Batch:
-        """Rows (N,) in one view: the batch, images (N, 3, H, W) float32 in [0, 1]."""
+        """Rows (N,) in one view: the batch, images (N, 3, H, W) float32 in [0, 1], but see `as_bytes`."""
         rows, view = torch.as_tensor(index[0], dtype=torch.int64), int(index[1])
         if not self.training:
-            return Batch(self._seen(rows, view), self.labels[rows], torch.full_like(rows, -1), 0)
+            return Batch(self._made(rows, view), self.labels[rows], torch.full_like(rows, -1), 0)
+        answers = None if self.answers is None else self.answers(rows, view)
         if isinstance(self.transform, Chain) and self.transform.mixes:
-            return self._mixed(rows, view)
-        return Batch(self._seen(rows, view), self.labels[rows], rows, view)
+            return self._mixed(rows, view)._replace(answers=answers)
+        return Batch(self._made(rows, view), self.labels[rows], rows, view, answers=answers)
+
+    def _made(self, rows: Tensor, view: int) -> Tensor:
+        images = self._seen(rows, view)
+        return images if self.as_bytes and images.dtype == torch.uint8 else unit(images)
 
     def _seen(self, rows: Tensor, view: int) -> Tensor:
-        """(N, 3, H, W) in [0, 1], not mixed."""
+        """(N, 3, H, W) in [0, 255], not mixed."""
         images = self.images[rows]
         if self.transform is not None:
             uniforms = draws(self.seed, rows, torch.full_like(rows, view), self.transform.count)
             if isinstance(images, Tensor):  # they may be on an accelerator
                 uniforms = uniforms.to(images.device, non_blocking=True)
             images = self.transform(images, uniforms, self.image_size)
-        return images.float().div_(255)
+        return images
 
     def _mixed(self, rows: Tensor, view: int) -> Batch:
         """Each row with a partner that its (row, view) draws, which is seen as in its own view of that number."""
         own = self.transform.count  # the numbers after these are the mix's
         uniforms = draws(self.seed, rows, torch.full_like(rows, view), own + 1 + self.transform.mix_count)[:, own:]
         partners = (uniforms[:, 0].double() * len(self)).long()
-        images = self._seen(torch.cat([rows, partners]), view)
+        images = unit(self._seen(torch.cat([rows, partners]), view))
         uniforms = uniforms.to(images.device, non_blocking=True)
         images, share = self.transform.mix(*images.chunk(2), uniforms[:, 1:])
         return Batch(images, self.labels[rows], rows, view, self.labels[partners], share)
@@ -162,14 +172,18 @@ class Data:
             return self
         return replace(self, train=replace(self.train, images=images.to(device)))
 
-    def train_loader(self, seed: int, views: int | None = None, view_seed: int | None = None) -> DataLoader:
+    def train_loader(
+        self, seed: int, views: int | None = None, view_seed: int | None = None, answers: Callable | None = None
+    ) -> DataLoader:
         """Batches in the order of `seed`; `loader.sampler` is its EpochBatches.
 
         Args:
             views: how many repeatable views of a row take turns over the epochs; None: a new one every epoch.
             view_seed: of the views; None: `seed`.
+            answers: see Split; read by workers only: in this process it would be no sooner than where it is needed.
         """
-        split = replace(self.train, seed=seed if view_seed is None else view_seed)
+        view_seed = seed if view_seed is None else view_seed
+        split = replace(self.train, seed=view_seed, answers=answers if self.num_workers else None)
         return self._loader(split, EpochBatches(len(self.train), self.batch_size, seed, views))
 
     def views_loader(self, views: int, view_seed: int) -> DataLoader:
@@ -190,8 +204,8 @@ class Data:
         return self._loader(split, InOrder(len(split), 2 * self.batch_size, shared))
 
     def _loader(self, split: Split, sampler) -> DataLoader:
-        return DataLoader(
-            split,
+        return Loader(
+            replace(split, as_bytes=self.num_workers > 0),
             batch_size=None,  # the sampler's items are whole batches already
             sampler=sampler,
             num_workers=self.num_workers,

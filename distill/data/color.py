@@ -30,28 +30,30 @@ class ColorJitter:
     def __call__(self, images: Tensor, uniforms: Tensor, size: ImageSize) -> Tensor:
         """images (N, 3, H, W) uint8, uniforms (N, 3): a new (N, 3, H, W); `size` is not used."""
         changes = {brightness: self.brightness, contrast: self.contrast, saturation: self.saturation}
+        pixels = images.float()  # not bytes in between: they would be made and read again
         for (change, strength), uniform in zip(changes.items(), uniforms.unbind(1), strict=True):
             if strength:
-                images = change(images, 1 + strength * (2 * uniform - 1))
-        return images
+                pixels = change(pixels, 1 + strength * (2 * uniform - 1))
+        return pixels.to(torch.uint8)
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """images (N, 3, H, W) uint8 and factors (N,) as everywhere here: 0 is black, 1 the image."""
-    return _pixels(images * factors[:, None, None, None])
+    """images (N, 3, H, W) uint8, or such numbers as float32, and factors (N,), to images of that type, as everywhere
+    here: 0 is black, 1 the image."""
+    return _whole(images * factors[:, None, None, None]).to(images.dtype)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """0 is the image's mean grey."""
     pixels = images.float()
     mean = _grey(pixels).double().mean((2, 3), keepdim=True)  # exact: sums of whole numbers
-    return _blend(pixels, mean.float() - pixels, factors)
+    return _blend(images, mean.float() - pixels, factors)
 
 
 def saturation(images: Tensor, factors: Tensor) -> Tensor:
     """0 is the grey image."""
     pixels = images.float()
-    return _blend(pixels, _grey(pixels) - pixels, factors)
+    return _blend(images, _grey(pixels) - pixels, factors)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
     smooth = (across[:, :, :-2] + across[:, :, 1:-1]).add_(across[:, :, 2:]).add_(4 * middle).div_(13).round_()
     change = torch.zeros_like(pixels)
     change[:, :, 1:-1, 1:-1] = smooth.sub_(middle)
-    return _blend(pixels, change, factors)
+    return _blend(images, change, factors)
 
 
 def _grey(pixels: Tensor) -> Tensor:
@@ -71,10 +73,11 @@ def _grey(pixels: Tensor) -> Tensor:
     return (0.2989 * red).add_(0.587 * green).add_(0.114 * blue).floor_()
 
 
-def _blend(pixels: Tensor, change: Tensor, factors: Tensor) -> Tensor:
+def _blend(images: Tensor, change: Tensor, factors: Tensor) -> Tensor:
     """factor · image + (1 - factor) · other, from change = other - image; where that is 0 the pixel stays."""
-    return _pixels(change.mul_((1 - factors)[:, None, None, None]).add_(pixels))
+    return _whole(change.mul_((1 - factors)[:, None, None, None]).add_(images)).to(images.dtype)
 
 
-def _pixels(values: Tensor) -> Tensor:
-    return values.clamp_(0, 255).to(torch.uint8)
+def _whole(values: Tensor) -> Tensor:
+    """In place: within range, fractions cut off."""
+    return values.clamp_(0, 255).trunc_()

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from distill.errors import UserError
@@ -203,7 +204,7 @@ def read_and_look(file: Path | BinaryIO, draft: int | None, name: Path | str | N
     """Both of them."""
     with _image(file, draft, name) as image:
         found = look(image)
-        return np.array(_rgb(_upright(image))), found
+        return _pixels(image), found
 
 
 def from_pillow(image: Image.Image) -> np.ndarray:
@@ -314,12 +315,27 @@ def _ranged(image: Image.Image) -> None:
         raise ValueError(f"its {WIDE[image.mode]} have no range that is agreed on; save it with 8 or 16 bits")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8, upright."""
+    jpeg = image.format in ("JPEG", "MPO") and image.mode == "RGB"
+    if jpeg and image.size == image.stored and _turned(image) is None:
+        with suppress(ValueError):  # damaged, or odd: Pillow reads it, or says what is wrong
+            image.fp.seek(0)
+            return decode_jpeg(image.fp.read())  # the same library and bits, without Pillow's copies
+    return np.array(_rgb(_upright(image)))
+
+
+def _turned(image: Image.Image) -> Image.Transpose | None:
+    """What turns it upright; None: it is."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged, or of another kind than it says: the pixels are what they are
-        orientation = None
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _turned(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

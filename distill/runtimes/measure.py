@@ -1,7 +1,8 @@
 """Measuring functions: networks and logits in, numbers out."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ ECE_BINS = 15
 BURST = 10  # runs in a turn
 COLD = 5  # the first of them, not counted: they find the processor's memory as another model left it
 TURNS = 4  # at least
+SURE, SURE_TURNS = 0.02, 10  # a median known to ±2 % is measured no longer, once there are so many turns
 WARM_UP = 1  # turns: TorchScript specialises its graph during the first runs
 
 
@@ -169,7 +171,8 @@ def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) 
 
     The models take turns of BURST runs (A A A … B B B … A A A …), also those in other processes, so that a busy moment
     of the machine hits all of them alike, while each is measured as where one image follows the other. About `seconds`
-    a model after the warm-up, and at least TURNS turns each. A timer that raises UserError is left out of the answer.
+    a model after the warm-up, until all medians are known to ±2 %, and at least TURNS turns each. A timer that raises
+    UserError is left out of the answer.
     """
     image = example[:1].contiguous()
     threads = torch.get_num_threads()
@@ -177,7 +180,7 @@ def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) 
     try:
         times: dict[str, list[float]] = {name: [] for name in timers}
         end, rounds = None, -WARM_UP
-        while rounds < TURNS or time.perf_counter() < end:
+        while rounds < TURNS or (time.perf_counter() < end and not all(map(_known, times.values()))):
             if rounds == 0:
                 end = time.perf_counter() + seconds * len(timers)
             for name in list(times):
@@ -193,6 +196,18 @@ def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) 
         torch.set_num_threads(threads)
     quantiles = {name: torch.tensor(runs, dtype=torch.float64).quantile(_MEDIAN_P95) for name, runs in times.items()}
     return {name: {"latency_ms": q[0].item(), "latency_p95_ms": q[1].item()} for name, q in quantiles.items()}
+
+
+def _known(runs: Sequence[float]) -> bool:
+    """Whether the median of the turns' medians has a narrow interval (95 %, by order): runs of one turn are alike, and
+    say less than as many turns would."""
+    counted = BURST - COLD
+    turns = len(runs) // counted
+    if turns < SURE_TURNS:
+        return False
+    medians = torch.tensor(runs, dtype=torch.float64).view(turns, counted).median(1).values.sort().values
+    low, high = (medians[round((turns - 1) / 2 + sign * 0.98 * math.sqrt(turns))] for sign in (-1, 1))
+    return bool(high - low <= 2 * SURE * medians.median())
 
 
 _MEDIAN_P95 = torch.tensor([0.5, 0.95], dtype=torch.float64)

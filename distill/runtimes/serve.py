@@ -7,6 +7,7 @@ line {"shape": [N, K], "ms": …}, then the logits as float32; or a line {"error
 """
 
 import ctypes
+import gc
 import json
 import math
 import os
@@ -20,6 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # until the runtime is imported: there is nothing to collect (1.8 → 1.1 s)
 
 import torch
 from torch import Tensor
@@ -154,6 +158,8 @@ def main(loader: str, path: str) -> None:
     torch.set_num_threads(1)
     try:
         model = pkgutil.resolve_name(loader)(Path(path))
+        gc.freeze()
+        gc.enable()
         while True:
             images = _tensor(requests, _head(requests)["shape"])
             start = time.perf_counter()

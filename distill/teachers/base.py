@@ -1,6 +1,8 @@
 """Who teaches. A teacher answers to a batch: `Frozen` is a trained network, or a `Committee` of several, `Peer` a
 second student, or several, that learn along, `Ema` the student's own past."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from distill.networks.network import Network
@@ -12,6 +14,7 @@ class Teacher(nn.Module):
 
     network: nn.Module  # whose taps the losses choose: `record(names)`, `tensors()`, `images -> Outputs`
     fixed: bool = True  # it answers the same at every time of a run
+    kept: Callable | None = None  # (rows, view) -> what is kept of its answers, for workers: see Batch.answers
     learns: bool = False  # its parameters are trained along with the student's, by `loss`
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

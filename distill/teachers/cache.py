@@ -57,13 +57,10 @@ class Rows:
         self.path, self.shape, self.dtype = path, tuple(shape), dtype
         self.channels_last = channels_last
         self.told = False  # that there are broken rows
-        size = math.prod(self.shape) * dtype.itemsize
-        about = {"view": view, "rows": count, "shape": self.shape, "dtype": str(dtype), "channels_last": channels_last}
-        header = json.dumps(about).encode().ljust(HEADER)
-        whole = HEADER + count * (4 + size)
+        header, whole = _header(view, count, self.shape, dtype, channels_last)
         if not self._matches(header, whole):
             self._create(header, whole)
-        self._records = np.memmap(path, np.uint8, "r", HEADER, (count, 4 + size))
+        self._records = np.memmap(path, np.uint8, "r", HEADER).reshape(count, -1)
         self._descriptor: int | None = None
 
     def _matches(self, header: bytes, whole: int) -> bool:
@@ -141,6 +138,52 @@ class Rows:
         return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _header(
+    view: int, count: int, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> tuple[bytes, int]:
+    """How a file begins, and its bytes."""
+    about = {"view": view, "rows": count, "shape": shape, "dtype": str(dtype), "channels_last": channels_last}
+    return json.dumps(about).encode().ljust(HEADER), HEADER + count * (4 + math.prod(shape) * dtype.itemsize)
+
+
+class Kept:
+    """`kept(rows, view)`: the values of each output, (N, *shape), for a process that loads images: it only reads.
+    None where a row is missing or broken: who asks the teacher reads again, and mends.
+
+    Args:
+        folder, count, layouts: as Cached has them.
+    """
+
+    def __init__(self, folder: Path, count: int, layouts: Mapping[str, tuple]):
+        self.folder, self.count, self.layouts = folder, count, dict(layouts)
+        self._view: int | None = None
+        self._files: dict[str, Rows] = {}
+
+    def __call__(self, rows: Tensor, view: int) -> dict[str, Tensor] | None:
+        if view != self._view:
+            self._view, self._files = view, {}
+        try:
+            read = {name: self._file(name).read(rows.numpy()) for name in self.layouts}
+        except (OSError, ValueError):  # not there yet, or damaged
+            return None
+        if not all(good.all() for _, good in read.values()):
+            return None
+        return {name: values for name, (values, _) in read.items()}
+
+    def _file(self, name: str) -> Rows:
+        if name not in self._files:
+            path, layout = file_of(self.folder, name, self._view), self.layouts[name]
+            with open(path, "rb") as file:
+                if (file.read(HEADER), file.seek(0, os.SEEK_END)) != _header(self._view, self.count, *layout):
+                    raise ValueError("it is damaged")
+            self._files[name] = Rows(path, self._view, self.count, *layout)
+            self._files[name].told = True  # by who mends them
+        return self._files[name]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_view": None, "_files": {}}
+
+
 class TopK:
     """Logits as their k largest and the mass of the rest, which is spread evenly when they are read again.
 
@@ -210,6 +253,10 @@ class Cached(Teacher):
         return self.teacher.network
 
     @property
+    def kept(self) -> Kept:
+        return Kept(self.folder, self.count, self.layouts)
+
+    @property
     def bytes_per_row(self) -> int:
         """Of one view, with the checksums."""
         return sum(4 + math.prod(shape) * dtype.itemsize for shape, dtype, _ in self.layouts.values())
@@ -218,6 +265,8 @@ class Cached(Teacher):
     def forward(self, batch: Batch) -> Outputs:
         if (batch.index < 0).any():
             return self.teacher(batch)
+        if batch.answers is not None:
+            return self._outputs(batch.answers, batch.images.device)
         rows = batch.index.numpy()
         try:
             files = {name: self._file(name, batch.view) for name in self.layouts}

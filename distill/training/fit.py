@@ -112,7 +112,7 @@ def _fit(
         compile=recipe.compile,
         parameters=recipe.parameters,
     )
-    loader = data.resident(device).train_loader(recipe.seed, **views)
+    loader = data.resident(device).train_loader(recipe.seed, **views, answers=teacher and teacher.kept)
     if trainer.world_size > 1:
         say(f"  {trainer.world_size} processes of {data.batch_size} images each: {_step(data, trainer)} a step")
     resume = None

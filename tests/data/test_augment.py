@@ -16,7 +16,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.transforms.v2 import RandAugment as TorchvisionRandAugment
 from torchvision.transforms.v2 import functional as F
 
-from distill.data import color, policies
+from distill.data import augment, color, policies
 from distill.data.augment import Chain, Cutout, Flip, RandomResizedCrop, ShiftFlip, chain
 from distill.data.color import ColorJitter
 from distill.data.draws import draws
@@ -102,6 +102,20 @@ def test_crops_of_a_batch_equal_crops_of_each(images, size):
     assert differing(batchwise, one_by_one) < 0.06
     white = torch.full_like(images, 255)
     assert crop(white, numbers, size).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("size", [20, 150])
+def test_lots_change_no_pixel(monkeypatch, images, size):
+    """A batch is worked on in parts that fit into caches."""
+    given = [image[:, : 20 + row % 10].repeat(1, 5, 5) for row, image in enumerate(images[:24])]
+    transform = chain({"crop": RandomResizedCrop(), "color": ColorJitter(), "rand": RandAugment()}, None)
+    numbers = uniforms(transform.count, 24)
+    monkeypatch.setattr(augment, "LOT", 24 * 3 * size**2)
+    whole = transform(given, numbers, size)
+    monkeypatch.setattr(augment, "LOT", 7 * 3 * size**2)
+    assert whole.shape == (24, 3, size, size) and torch.equal(transform(given, numbers, size), whole)
+    monkeypatch.setattr(augment, "LOT", 1)
+    assert torch.equal(transform(given, numbers, size), whole)
 
 
 # ---- policies --------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from distill.data.base import cut
 from distill.data.batches import EpochBatches
 from distill.data.draws import draws
 from distill.data.files import ImageError, read
+from distill.data.loader import unit
 from distill.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -332,6 +333,28 @@ def test_workers_change_nothing(data):
     for one, two in zip(alone, helped, strict=True):
         assert one.view == two.view
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if isinstance(a, torch.Tensor))
+
+
+def test_workers_hand_over_bytes_and_loaders_give_floats(data):
+    data = replace(data, num_workers=1)
+    loader = data.in_order(data.val)
+    rows = torch.arange(2)
+    assert loader.dataset[rows, 0].images.dtype == torch.uint8 and data.val[rows, 0].images.dtype == torch.float32
+    first = next(iter(loader)).images
+    assert first.dtype == torch.float32 and torch.equal(first[:2], data.val[rows, 0].images)
+    assert torch.equal(unit(torch.arange(256, dtype=torch.uint8)), torch.arange(256) / 255)
+
+
+def test_what_an_augmentation_makes_floats_of_is_scaled_once(data):
+    def halved(images, uniforms, size):
+        return torch.stack([image[:, :16, :16] for image in images]) / 2
+
+    halved.count = 0
+    split = replace(data.train, transform=halved)
+    expected = torch.stack([image[:, :16, :16] for image in data.train.images[torch.arange(2)]]) / 510
+    for workers in (0, 1):
+        loader = replace(data, num_workers=workers).in_order(replace(split, training=False))
+        assert torch.equal(next(iter(loader)).images[:2], expected)
 
 
 def test_a_split_can_be_sent_to_spawned_workers(data):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sets import imagefolder
 from test_data import make_folder, one_line
 
@@ -146,6 +146,54 @@ def test_every_orientation_is_upright(tmp_path):
         assert pixels.shape[1::-1] == upright[orientation - 1]
         seen[orientation] = tuple(np.argwhere((pixels == RED).all(2)).min(0))
     assert seen == {1: (0, 0), 2: (0, 25), 3: (0, 25), 4: (0, 0), 5: (0, 0), 6: (0, 0), 7: (25, 0), 8: (25, 0)}
+
+
+def noise(mode: str, size: tuple[int, int]) -> Image.Image:
+    pixels = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def tall(content: bytes) -> bytes:
+    """A 4:2:2 JPEG as 4:4:0: its first channel's blocks are above each other, not side by side."""
+    at = content.index(b"\xff\xc0") + 11
+    assert content[at] == 0x21
+    return content[:at] + b"\x12" + content[at + 1 :]
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1", "4:4:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"quality": 100}], ids=str)
+def test_jpegs_have_the_pixels_that_pillow_reads(subsampling, options):
+    """They are decoded by another library: what earlier versions kept stays right."""
+    for size in ((64, 64), (61, 43), (1, 1), (17, 200)):
+        options = {"subsampling": "4:2:2" if subsampling == "4:4:0" else subsampling, **options}
+        content = saved(noise("RGB", size), "JPEG", **options)
+        if subsampling == "4:4:0":
+            if size != (64, 64) or "progressive" in options:
+                continue
+            content = tall(content)
+        assert (read(io.BytesIO(content)) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
+def test_jpegs_of_every_orientation_and_mode_have_the_pixels_that_pillow_reads(mode):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        content = saved(noise(mode, (60, 40)), "JPEG", exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        assert (read(io.BytesIO(content)) == np.asarray(upright)).all()
+
+
+def test_jpegs_with_something_odd_are_read_as_pillow_does():
+    content = saved(noise("RGB", (200, 100)), "JPEG", quality=95)
+    for odd in (content + b"more", content[:400] + b"\xff\x00\x11" + content[403:], content[:-2]):
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(odd)).convert("RGB"))
+        except OSError:
+            with pytest.raises(CorruptImage):
+                read(io.BytesIO(odd))
+        else:
+            assert (read(io.BytesIO(odd)) == expected).all()
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300)

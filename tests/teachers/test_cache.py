@@ -3,6 +3,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import sys
 from dataclasses import replace
@@ -112,6 +113,39 @@ def test_the_teacher_is_asked_once_for_each_row_and_view(tmp_path, data):
     assert torch.equal(other_order.logits, first[1].logits.flip(0))
     assert not torch.equal(first[0].logits, first[1].logits)  # the views differ
     assert same(again[1], taught_by(data.train[range(16), 1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "features", "dtype": "bfloat16"}, {"top_k": 3}])
+def test_workers_read_the_answers(tmp_path, data, options, capsys, monkeypatch):
+    taught_by = teacher(taps=["stage1"] if "keep" in options else [])
+    cached = opened(taught_by, data, tmp_path, **options)
+    alone = data.train_loader(0, 1, answers=cached.kept)
+    aided = replace(data, num_workers=2).train_loader(0, 1, answers=cached.kept)
+    assert all(batch.answers is None for batch in (*alone, *aided))  # nothing is there yet
+    first = [cached(batch) for batch in alone]
+    taught_by.asked = 0
+    monkeypatch.setattr(Rows, "read", None)  # in this process
+    assert all(batch.answers is None for batch in alone) and not taught_by.asked
+    monkeypatch.undo()
+    found = [*aided]
+    monkeypatch.setattr(Rows, "read", None)
+    assert all(same(cached(batch), before) for batch, before in zip(found, first, strict=True)) and not taught_by.asked
+    assert pickle.loads(pickle.dumps(cached.kept)).layouts == cached.layouts  # as to workers that are spawned
+    moved = move_data_to_device(found[0], torch.device("meta"))
+    assert all(part.is_meta for part in moved.answers.values()) and moved.index is found[0].index
+    monkeypatch.undo()
+    path = cached.folder / "logits-0000.rows"
+    record = (path.stat().st_size - cache.HEADER) // 40
+    with open(path, "r+b") as file:
+        file.seek(cache.HEADER + int(found[0].index[2]) * record + 5)
+        file.write(b"\x11\x22")
+    broken, *whole = aided
+    assert broken.answers is None and all(batch.answers is not None for batch in whole)
+    assert "damaged" not in capsys.readouterr().out
+    assert same(cached(broken), first[0]) and taught_by.asked == 16  # said and mended where it is asked
+    assert "damaged rows" in capsys.readouterr().out and next(iter(aided)).answers is not None
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cached.kept(found[0].index, 0) is None and path.stat().st_size == cache.HEADER + 40 * record - 1
 
 
 def test_features_are_kept_in_their_layout_and_parameters_come_from_the_network(tmp_path, data):
