@@ -128,7 +128,7 @@ class Search(Sweeper):
         """As many trials as the launcher runs at a time, their words by number: those that a killed process left, then
         new ones. Each is locked until `held` ends."""
         found: dict[int, list[str]] = {}
-        many = getattr(self.launcher, "many", 1)
+        many = getattr(self.launcher, "many", 1) or 1
         with locks.alone(root / ".study.lock", "the study"):
             known = study.get_trials(deepcopy=False)
             running = [each for each in known if not each.state.is_finished()]

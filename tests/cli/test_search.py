@@ -158,9 +158,9 @@ def test_a_pruned_run_says_so_and_a_search_ends_with_its_best(train, tmp_path, c
 def test_jobs_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert launcher.Processes(4)._share(0)["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in launcher.Processes()._share(0)
+    assert launcher.Processes(4).environment(0)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in launcher.Processes().environment(0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [launcher.Processes(2)._share(number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["3", "5", "3"]
+    assert [launcher.Processes(2).environment(number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["3", "5", "3"]
     with pytest.raises(UsageError, match="side_by_side=0: expected"):
         launcher.Processes(0)
