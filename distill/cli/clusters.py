@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from distill.cli.launcher import Commands, Job, whole
 from distill.errors import UsageError, UserError
+from distill.files import PACKAGE
 
 SECONDS = 0.5  # between two looks at what has ended
 SILENCE = 10  # seconds until an address that says nothing is taken for nobody's
@@ -72,7 +73,7 @@ class Submitit(Commands):
         self.executor: Any = None
 
     def submit(self, jobs: Sequence[Job]) -> list:
-        os.environ.update(self.environment(0))  # its own process imports this package
+        _found()
         self.executor = self.executor or self._made()
         try:
             return self.executor.submit_array(jobs) if jobs else []
@@ -167,7 +168,7 @@ class Ray(Commands):
     def _begin(self) -> None:
         if self.ray.is_initialized():
             return
-        os.environ.update(self.environment(0))
+        _found()
         quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
         init = {**quiet, **{name: each for name, each in (self.given.get("init") or {}).items() if each is not None}}
         _reached(init.get("address"))
@@ -188,6 +189,13 @@ class Ray(Commands):
     def cancel(self, handle: Any, job: Job) -> None:
         self.ray.cancel(handle)
         self.ray.wait([handle], timeout=SAVING)
+
+
+def _found() -> None:
+    """The scheduler's own processes, which begin with this environment, import this package."""
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(PACKAGE.parent) not in places:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), *places)))
 
 
 def _run(job: Job) -> tuple[int, str]:

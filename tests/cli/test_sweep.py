@@ -155,7 +155,7 @@ def test_nothing_of_it_imports_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-READY = sorted(file.stem for file in Path(CONF, "sweep").glob("*.yaml"))
+READY = sorted(file.stem for file in Path(CONF, "sweep").glob("*.yaml") if file.stem != "wandb")
 
 
 @pytest.mark.parametrize("name", READY)
