@@ -39,7 +39,7 @@ def finish(root: Path) -> bool:
     said = [*jobs.over_seeds(done), *trials.told(root), *(f"failed: {name}: {why}" for name, why in failed.items())]
     lines = [f"{len(done)} of {len(table) + len(unstarted)} jobs are done, in {root}"]
     lines += [jobs.terminal(done, min(160, screen_width(160)))] if len(done) else []
-    again = failed and (root / sweeps.FILE).exists()
+    again = failed and (root / sweeps.FILE).exists() and not sweeps.damaged_records([root / "job"])
     lines += [*said, *([f"{asked.again(*sweeps.again(root))} tries them again"] if again else [])]
     say("\n" + "\n".join(lines))
     jobs.write(root, done, said)

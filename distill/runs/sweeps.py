@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.errors import UserError
+from distill.errors import DamagedError, UserError
 from distill.files import MOST, atomic, damaged, read_json
 
 ROOT = "outputs/sweeps"
@@ -40,10 +40,25 @@ def again(folder: Path) -> list[str]:
 
 
 def varied(folder: Path, words: Sequence[str]) -> dict[str, str]:
-    """What a job, with these words, has apart from other jobs of its sweep, as written: value by option."""
-    fixed = read_sweep(folder)["fixed"] if (folder / FILE).is_file() else words
+    """What a job, with these words, has apart from other jobs of its sweep, as written: value by option. Nothing where
+    the sweep's record is damaged, which is for `damaged_records` to tell."""
+    fixed = words
+    with suppress(DamagedError):
+        fixed = read_sweep(folder)["fixed"] if (folder / FILE).is_file() else words
     apart = (word.lstrip("+~").partition("=") for word in words if word not in fixed)
     return {key: value for key, _, value in apart}
+
+
+def damaged_records(runs: Iterable[Path]) -> list[str]:
+    """A line for each sweep of these runs whose record is damaged: what it varies isn't known."""
+    lines = []
+    for folder in dict.fromkeys(run.parent for run in runs):
+        try:
+            if (folder / FILE).is_file():
+                read_sweep(folder)
+        except DamagedError as error:
+            lines.append(f"{error}; until then its options have no columns")
+    return lines
 
 
 def job_name(folder: str, words: Sequence[str], number: int) -> str:

@@ -58,3 +58,25 @@ def test_a_run_that_was_killed_is_told_by_its_state(sweep, capsys):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
     assert not sweeps.finish(sweep)
     assert "failed: seed=2: it is running" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["run.json", "config.yaml", "report.json"])
+@pytest.mark.parametrize("damage", ["", "{", "[]"])
+def test_a_damaged_run_is_left_out_of_the_tables_with_a_line(sweep, capsys, file, damage):
+    (sweep / "seed=1" / file).write_text(damage)
+    for read in (tables.summary, tables.models):
+        assert read(sweep)["run"].tolist() == ["seed=0", "seed=2"]
+        [line] = capsys.readouterr().out.splitlines()
+        assert line.startswith("warning: ") and f"seed=1/{file}" in line
+    assert {folder.name for folder in tables.folders(sweep)} == {"seed=0", "seed=1", "seed=2"}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"fixed": 3}'])
+def test_a_sweep_whose_record_is_damaged_is_shown_without_its_options(sweep, capsys, damage):
+    (sweep / "sweep.json").write_text(damage)
+    table = tables.summary(sweep)
+    assert table["run"].tolist() == ["seed=0", "seed=1", "seed=2"]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: ") and "sweep.json" in line
+    assert sweeps.finish(sweep)
+    assert "sweep.json" in (sweep / "sweep.html").read_text()
