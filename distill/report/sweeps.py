@@ -1,4 +1,4 @@
-"""The end of a sweep: a table on the terminal, sweep.csv, sweep.md and sweep.html, failed jobs apart."""
+"""The end of a sweep: a table on the terminal, sweep.csv, sweep.md, sweep.html and sweep.png, failed jobs apart."""
 
 import sys
 from pathlib import Path

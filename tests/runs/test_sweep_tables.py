@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from PIL import Image
 
 from distill.report import sweeps
+from distill.report.plot import plot
+from distill.report.svg import front
+from distill.report.tables import Row
 from distill.runs import tables
 
 
@@ -80,3 +84,18 @@ def test_a_sweep_whose_record_is_damaged_is_shown_without_its_options(sweep, cap
     assert line.startswith("warning: ") and "sweep.json" in line
     assert sweeps.finish(sweep)
     assert "sweep.json" in (sweep / "sweep.html").read_text()
+
+
+def test_a_sweeps_picture_has_its_front(sweep, monkeypatch):
+    """Through the runs than which none is both better and smaller."""
+    assert front([(3, 5), (1, 2), (2, 1), (2.5, 2), (4, 4)]) == [(1, 2), (3, 2), (3, 5)]
+    for seed, (top1, size) in enumerate([(0.8, 1000), (0.9, 3000), (0.7, 2000)]):
+        rows = [{"name": "student", "top1": top1, "bytes": size, "latency_ms": 1.0 + seed}]
+        (sweep / f"seed={seed}" / "report.json").write_text(json.dumps({"rows": rows, "context": {}}))
+    drawn = {}
+    monkeypatch.setattr("distill.report.plot.front", lambda points: drawn.setdefault("front", front(points)))
+    sweeps.finish(sweep)
+    assert drawn["front"] == [(1.0, 80.0), (3.0, 80.0), (3.0, 90.0)]  # kB, %
+    with Image.open(sweep / "sweep.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    assert plot([Row("$\\x{$\ud800.pt", top1=0.5, bytes=3)])[1:4] == b"PNG"  # a stranger's name
