@@ -24,7 +24,7 @@ from distill.errors import UsageError
 from distill.files import MOST, read_json
 from distill.progress import say
 from distill.runs import trials
-from distill.runs.sweeps import job_name
+from distill.runs.sweeps import is_at_work, job_name
 from distill.runs.trials import DIRECTIONS
 
 if TYPE_CHECKING:
@@ -164,7 +164,10 @@ class Search(Sweeper):
         return True
 
     def _tell(self, study: optuna.Study, number: int, run: Path) -> None:
-        """What came of a trial's run; one that lacks an objective has failed, and that is said."""
+        """What came of a trial's run; one that lacks an objective has failed, and that is said. One at which another
+        process still is, a job whose search was killed, is nobody's to tell yet."""
+        if is_at_work(run):
+            return
         states = trials.load_optuna().trial.TrialState
         status = read_json(run / "run.json", MOST).get("status") if (run / "run.json").is_file() else "failed"
         values = trials.figures(run) if status == "done" else {}

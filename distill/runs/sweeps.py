@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from distill import locks
 from distill.errors import DamagedError, UserError
 from distill.files import MOST, atomic, damaged, read_json
 
 ROOT = "outputs/sweeps"
 FILE = "sweep.json"  # what all jobs of a sweep have in common
+LOCK = ".lock"  # in a run's folder, of the process that is at work there
 ERROR = "error.txt"  # in the folder of a job that ended before it was a run
 LIST = r"^\[(.*)\]$"
 LONGEST = 100  # characters of a job's name
@@ -93,6 +95,11 @@ def unstarted(folder: Path) -> dict[str, str]:
     """Jobs of a sweep that ended before they were a run: their error by name."""
     files = sorted(file for file in folder.glob(f"*/{ERROR}") if not (file.parent / "run.json").exists())
     return {file.parent.name: file.read_text(encoding="utf-8").strip() for file in files}
+
+
+def is_at_work(job: Path) -> bool:
+    """Whether another process trains in the folder."""
+    return (job / "run.json").is_file() and locks.held(job / LOCK)
 
 
 def note_error(job: Path, text: str) -> None:

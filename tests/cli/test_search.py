@@ -10,6 +10,7 @@ import pytest
 from conftest import QUICK, ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from distill import locks
 from distill.cli import launcher
 from distill.cli.search import OPTIONS, Search, _drawn
 from distill.errors import UsageError
@@ -81,6 +82,19 @@ def test_two_processes_share_a_study(tmp_path):
     assert len(found) == 12 and {state for state, _ in found} == {"COMPLETE"}, outs
     begun = [len((run / "begun").read_text()) for run in (tmp_path / "x").glob("kd.temperature=*")]
     assert begun == [1] * 12
+
+
+def test_a_trial_at_which_another_process_is_is_not_told(tmp_path):
+    made = optuna.create_study(storage=trials.storage(tmp_path), study_name=trials.NAME, direction="maximize")
+    number, run = made.ask().number, tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"status": "running"}')
+    search = Search(**OPTIONS)
+    with locks.alone(run / ".lock", "the run's folder"):
+        search._tell(made, number, run)
+    assert made.trials[number].state.name == "RUNNING"
+    search._tell(made, number, run)
+    assert made.trials[number].state.name == "FAIL"
 
 
 def test_another_study_in_the_folder_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from distill import locks
 from distill.report import sweeps
 from distill.report.plot import plot
 from distill.report.svg import front
@@ -62,6 +63,16 @@ def test_a_run_that_was_killed_is_told_by_its_state(sweep, capsys):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
     assert not sweeps.finish(sweep)
     assert "failed: seed=2: it is running" in capsys.readouterr().out
+
+
+def test_a_run_at_which_another_process_is_has_not_failed(sweep, capsys):
+    file = sweep / "seed=2" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    with locks.alone(file.with_name(".lock"), "the run's folder"):
+        assert sweeps.finish(sweep)
+    said = capsys.readouterr().out
+    assert "2 of 3 jobs are done" in said and "another process is at work on it: seed=2" in said
+    assert "failed" not in said
 
 
 @pytest.mark.parametrize("file", ["run.json", "config.yaml", "report.json"])
