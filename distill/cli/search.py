@@ -158,7 +158,7 @@ class Search(Sweeper):
     def _claim(self, root: Path, number: int, held: contextlib.ExitStack) -> bool:
         """Whether nobody else is at work on the trial."""
         try:
-            held.enter_context(locks.alone(root / f".trial-{number}.lock", f"trial {number}", 0))
+            held.enter_context(locks.alone(trials.lock(root, number), f"trial {number}", 0))
         except locks.Held:
             return False
         return True

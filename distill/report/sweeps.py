@@ -37,7 +37,7 @@ def finish(root: Path) -> bool:
     errors = {
         run.place: run.error if isinstance(run.error, str) else f"it is {run.status}" for run in broken.itertuples()
     }
-    at_work = [place for place in errors if sweeps.is_at_work(root / place)]
+    at_work = [place for place in errors if sweeps.is_at_work(root / place) or trials.is_taken(root / place)]
     failed = unstarted | {place: error for place, error in errors.items() if place not in at_work}
     said = [*jobs.over_seeds(done), *trials.told(root), *(f"failed: {name}: {why}" for name, why in failed.items())]
     said += [f"another process is at work on it: {place}" for place in at_work]

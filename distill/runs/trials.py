@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill import locks
 from distill.errors import UsageError
 from distill.files import read_json, write_json
 
@@ -54,6 +55,16 @@ def note(run: Path, number: int) -> None:
     """Say in a run's folder, which is a sweep's, that it is the trial `number` of the sweep's study."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / FILE, {"number": number})
+
+
+def lock(root: Path, number: int) -> Path:
+    """Of a trial: whoever trains it holds it, from before its run begins."""
+    return root / f".trial-{number}.lock"
+
+
+def is_taken(run: Path) -> bool:
+    """Whether the run is a trial that another process is at, or about to begin."""
+    return (run / FILE).is_file() and locks.held(lock(run.parent, read_json(run / FILE)["number"]))
 
 
 def judge(run: Path) -> Callable[[int, float], bool] | None:

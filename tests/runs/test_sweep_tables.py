@@ -10,7 +10,7 @@ from distill.report import sweeps
 from distill.report.plot import plot
 from distill.report.svg import front
 from distill.report.tables import Row
-from distill.runs import tables
+from distill.runs import tables, trials
 
 
 @pytest.fixture
@@ -65,10 +65,12 @@ def test_a_run_that_was_killed_is_told_by_its_state(sweep, capsys):
     assert "failed: seed=2: it is running" in capsys.readouterr().out
 
 
-def test_a_run_at_which_another_process_is_has_not_failed(sweep, capsys):
+@pytest.mark.parametrize("lock", ["seed=2/.lock", ".trial-7.lock"])
+def test_a_run_at_which_another_process_is_has_not_failed(sweep, capsys, lock):
+    trials.note(sweep / "seed=2", 7)
     file = sweep / "seed=2" / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
-    with locks.alone(file.with_name(".lock"), "the run's folder"):
+    with locks.alone(sweep / lock, "the run's folder"):
         assert sweeps.finish(sweep)
     said = capsys.readouterr().out
     assert "2 of 3 jobs are done" in said and "another process is at work on it: seed=2" in said
