@@ -25,18 +25,12 @@ from distill.files import MOST, read_json
 from distill.progress import say
 from distill.runs import trials
 from distill.runs.sweeps import is_at_work, job_name
-from distill.runs.trials import DIRECTIONS
+from distill.runs.trials import DIRECTIONS, PRUNERS
 
 if TYPE_CHECKING:
     import optuna
 
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "nsgaii": "NSGAIISampler"}
-PRUNERS = {
-    "none": "NopPruner",
-    "median": "MedianPruner",
-    "hyperband": "HyperbandPruner",
-    "halving": "SuccessiveHalvingPruner",
-}
 OPTIONS = {
     "trials": 20,  # of the whole study, whoever runs them
     "sampler": "tpe",
@@ -66,7 +60,8 @@ class Search(Sweeper):
         if not self.objectives or any(each not in known for each in self.objectives):
             raise UsageError(f"hydra.sweeper.objectives={self.objectives}: expected some of {', '.join(known)}")
         self.sampler = _choice("sampler", sampler, SAMPLERS)
-        self.pruner = _choice("pruner", "none" if pruner is None or len(self.objectives) > 1 else pruner, PRUNERS)
+        self.pruner = "none" if pruner is None or len(self.objectives) > 1 else pruner
+        _choice("pruner", self.pruner, PRUNERS)
 
     def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
         self.config, self.context = config, hydra_context
@@ -105,7 +100,7 @@ class Search(Sweeper):
         study = optuna.create_study(
             storage=trials.storage(root),
             study_name=trials.NAME,
-            pruner=getattr(optuna.pruners, self.pruner)(),
+            pruner=trials.pruner(self.pruner),
             directions=[DIRECTIONS[each] for each in self.objectives],
             load_if_exists=True,
         )

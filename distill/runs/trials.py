@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 STUDY = "study.log"  # Optuna's journal in a sweep's folder
 NAME = "sweep"  # of the one study in it
 FILE = "trial.json"  # in a run's folder: of which study it is which trial
+PRUNERS = {
+    "none": "NopPruner",
+    "median": "MedianPruner",
+    "hyperband": "HyperbandPruner",
+    "halving": "SuccessiveHalvingPruner",
+}
 DIRECTIONS = {"accuracy": "maximize", "bytes": "minimize", "latency_ms": "minimize"}
 
 
@@ -42,6 +48,11 @@ def study_of(folder: Path) -> optuna.Study:
     """The study of the sweep in `folder`, as it is now."""
     found = load_optuna()
     return found.load_study(study_name=NAME, storage=storage(folder))
+
+
+def pruner(name: str) -> optuna.pruners.BasePruner:
+    """Of PRUNERS. It is no part of what a study keeps."""
+    return getattr(load_optuna().pruners, PRUNERS[name])()
 
 
 def storage(folder: Path) -> optuna.storages.JournalStorage:
@@ -73,6 +84,7 @@ def judge(run: Path) -> Callable[[int, float], bool] | None:
     if not (run / FILE).is_file() or not (run.parent / STUDY).is_file():
         return None
     study = study_of(run.parent)
+    study.pruner = pruner(study.user_attrs.get("described", {}).get("pruner", "median"))
     number = read_json(run / FILE)["number"]
     found = next((each for each in study.get_trials(deepcopy=False) if each.number == number), None)
     if found is None or found.state.is_finished() or len(study.directions) > 1:

@@ -139,6 +139,25 @@ def test_what_is_drawn_is_of_the_space(word, fits):
     assert all(map(fits, drawn)) and len(drawn) > 1
 
 
+@pytest.mark.parametrize("name", trials.PRUNERS)
+def test_the_pruner_is_the_one_that_was_asked_for(tmp_path, name):
+    """A study doesn't keep it: Optuna's own default would judge instead."""
+    made = optuna.create_study(storage=trials.storage(tmp_path), study_name=trials.NAME, direction="maximize")
+    made.set_user_attr("described", {"pruner": name})
+    asked = []
+    for _ in range(6):
+        trial = made.ask()
+        trial.report(0.9, 1)
+        made.tell(trial, 0.9)
+    number = made.ask().number
+    trials.note(tmp_path / "run", number)
+    with pytest.MonkeyPatch.context() as patch:
+        kind = getattr(optuna.pruners, trials.PRUNERS[name])
+        patch.setattr(kind, "prune", lambda self, study, trial: bool(asked.append(type(self).__name__)))
+        assert trials.judge(tmp_path / "run")(1, 0.1) is True
+    assert asked == [trials.PRUNERS[name]]
+
+
 def test_a_trial_is_judged_by_the_others(tmp_path):
     made = optuna.create_study(storage=trials.storage(tmp_path), study_name=trials.NAME, direction="maximize")
     for _ in range(5):
