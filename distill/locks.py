@@ -72,6 +72,17 @@ def alone(path: Path, what: str, patience: float | None = None) -> Iterator[None
         lock.release()
 
 
+def held(path: Path) -> bool:
+    """Whether another process holds the lock `path` at this moment."""
+    try:
+        with alone(path, "", 0):
+            return False
+    except Held:
+        return True
+    except OSError:  # a folder that can't be written: nobody works there
+        return False
+
+
 def _taken(lock: FileLock, path: Path, owner: Path) -> bool:
     """Whether both the lock and the owner's file are ours now."""
     try:

@@ -1,7 +1,8 @@
 """Signals that end a run. Training saves first, everything else stops where it is; the exit code is a shell's.
 
 SIGTERM and SIGINT (Ctrl-C) ask once; a second SIGINT leaves at once. SIGUSR1 is SLURM's word that time is up
-(`--signal=B:USR1@60` or submitit): the run saves, and the job is queued again. Never imports torch.
+(`--signal=B:USR1@60`): the run saves, and the job is queued again. SIGUSR2 is submitit's word for that, which queues
+the job again itself. Never imports torch.
 """
 
 import os
@@ -14,6 +15,9 @@ from types import FrameType
 from typing import NoReturn
 
 SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted", signal.SIGUSR1: "out of time"}
+SAID[signal.SIGUSR2] = SAID[signal.SIGUSR1]
+SUBMITIT = "SUBMITIT_EXECUTOR"  # set in its jobs
+PARENT = "DISTILL_PARENT"  # the process that a sweep's job ends with
 SECONDS = 3  # that a loader's process works on
 
 

@@ -72,6 +72,35 @@ def test_every_command_of_readme_and_docs_is_one(train, tmp_path, capfd, page, c
     assert "error: stages=[none]: expected" in capfd.readouterr().err
 
 
+def test_jobs_of_schedulers_are_commands_that_go_on(train, tmp_path, capfd):
+    """Each names its run, which is what makes the same command go on, and has options that exist."""
+    sky = yaml.safe_load((ROOT / "docs/jobs/skypilot.yaml").read_text(encoding="utf-8"))
+    [command] = [line for line in sky["run"].splitlines() if line.startswith("python train.py ")]
+    job = yaml.safe_load((ROOT / "docs/jobs/kubernetes.yaml").read_text(encoding="utf-8"))
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert (job["kind"], container["command"], pod["restartPolicy"]) == ("Job", ["distill"], "Never")
+    mounted = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert mounted.keys() == {each["name"] for each in pod["volumes"]} and mounted["work"] == container["workingDir"]
+    assert "ln -sfn /outputs outputs" in sky["run"] and [*sky["file_mounts"]] == ["/outputs"]
+    for words in (shlex.split(command)[2:], container["args"]):
+        assert "name=mine" in words
+        assert train(*words, "stages=[none]", cwd=tmp_path) == 2
+        assert "error: stages=[none]: expected" in capfd.readouterr().err
+
+
+def test_a_sweep_of_wandb_gives_words(train, tmp_path, capfd):
+    """Its agent puts key=value, each value of the space, in the place of args_no_hyphens."""
+    sweep = yaml.safe_load((ROOT / "conf/sweep/wandb.yaml").read_text(encoding="utf-8"))
+    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["command"][:3] == ["${env}", "python", "${program}"] and sweep["command"][-1] == "${args_no_hyphens}"
+    drawn = [f"{key}={values['max']}" for key, values in sweep["parameters"].items()]
+    assert sweep["metric"] == {"name": "val/accuracy", "goal": "maximize"}  # as the trackers are told it
+    words = [word for word in sweep["command"][3:-1] if not word.startswith("stages=")]
+    assert train(*words, *drawn, "stages=[none]", cwd=tmp_path) == 2
+    assert "error: stages=[none]: expected" in capfd.readouterr().err
+
+
 def test_no_line_of_the_readme_is_longer_than_a_screen():
     assert [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distill import __version__, asked, signals
-from distill.cli import config, faults, help, launcher, search, seeds, streams, sweep, words
+from distill.cli import clusters, config, faults, help, launcher, search, seeds, streams, sweep, words
 from distill.cli.hints import meant
 from distill.errors import Pruned, UsageError, UserError
 from distill.files import CONF, config_dirs
@@ -69,7 +69,7 @@ def command(job):
     @functools.wraps(job)
     def main():
         streams.last()
-        if not leads():
+        if not leads() or os.environ.get(signals.PARENT) == str(os.getppid()):
             signals.end_with_parent()
         if "--version" in sys.argv[1:]:
             print(f"distill {__version__}")
@@ -86,6 +86,8 @@ def command(job):
                 try:
                     if sweep.FLAGS & {*sys.argv}:
                         launcher.register(launcher.Processes, "hydra/launcher", "processes", side_by_side=None)
+                        for name, (plugin, options) in clusters.LAUNCHERS.items():
+                            launcher.register(plugin, "hydra/launcher", name, **options)
                         launcher.register(search.Search, "hydra/sweeper", "search", **search.OPTIONS)
                     hydra.main(config_path=CONF, config_name="train", version_base="1.3")(guarded)()
                 finally:
@@ -130,10 +132,11 @@ def importing():
 
 
 def _requeue() -> str | None:
-    """Ask SLURM to start this job again, with the same command, which goes on; what came of it."""
+    """Ask SLURM to start this job again, with the same command, which goes on; what came of it. What submitit started
+    it queues again itself."""
     job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID")
-    if job is None or not leads():
+    if job is None or not leads() or signals.SUBMITIT in os.environ:
         return None
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)

@@ -36,7 +36,8 @@ from distill.teachers.ema import Ema
 from distill.teachers.frozen import Frozen
 from distill.teachers.peer import Peer
 from distill.training.connect import connect
-from distill.training.fit import fit
+from distill.training.fit import fit, without_gradient
+from distill.training.lightning import waits_for_all
 from distill.training.precision import teaching
 from distill.training.recipe import Recipe
 from distill.types import sides
@@ -48,17 +49,20 @@ ONE = {"limit_train_batches": 1, "limit_val_batches": 1, "accumulate_grad_batche
 
 @dataclass(frozen=True)
 class Tried:
-    """What a training was found to take: seconds a step and a batch of validation, and bytes of its checkpoints."""
+    """What a training was found to take: seconds a step and a batch of validation, and bytes of its checkpoints; and
+    which parameters got no gradient."""
 
     step: float
     validation: float
     checkpoints: int
+    idle: tuple[str, ...] = ()
 
 
 class Clock(Callback):
-    """Times the batches: of training all but the first, where there are several."""
+    """Times the batches: of training all but the first, where there are several; and what gets no gradient."""
 
     def __init__(self):
+        self.idle: tuple[str, ...] = ()
         self.begun, self.ended, self.validation = [], 0.0, 0.0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
@@ -66,6 +70,10 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.ended = time.perf_counter()
+
+    def on_after_backward(self, trainer, module) -> None:
+        learning = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+        self.idle = tuple(name for name, value in learning if value.grad is None)
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
         self.validation = -time.perf_counter()
@@ -98,6 +106,8 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
         fits = any(one.recipe.epochs > 0 and not one.kept(cfg, data).exists() for one in roles.fitted_once(cfg, data))
         refuse_unwritable(_writes(cfg, folder, student, teacher, 0, kept, fits))
         tried = fitting(student, teacher, cfg.loss, data, roles.recipe(cfg))
+        if tried.idle and waits_for_all(cfg.trainer):
+            raise without_gradient(tried.idle)
         if "export" in cfg.stages and cfg.export:
             with scratch() as place:
                 export.attempt(student.plain(), build.steps(cfg.export), place, data)
@@ -136,7 +146,7 @@ def step(network: Network, teacher: Teacher | None, losses: Mapping, data: Data,
     with scratch() as folder:
         fit(network, teacher, losses, own, short, folder, callbacks=[clock])
         checkpoints = sum(file.stat().st_size for file in (folder / "checkpoints").iterdir())
-    return Tried(clock.step, clock.validation, checkpoints)
+    return Tried(clock.step, clock.validation, checkpoints, clock.idle)
 
 
 def fitting(network: Network, teacher: Teacher | None, losses: Mapping, data: Data, recipe: Recipe) -> Tried:

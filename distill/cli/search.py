@@ -24,19 +24,13 @@ from distill.errors import UsageError
 from distill.files import MOST, read_json
 from distill.progress import say
 from distill.runs import trials
-from distill.runs.sweeps import job_name
-from distill.runs.trials import DIRECTIONS
+from distill.runs.sweeps import is_at_work, job_name
+from distill.runs.trials import DIRECTIONS, PRUNERS
 
 if TYPE_CHECKING:
     import optuna
 
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "nsgaii": "NSGAIISampler"}
-PRUNERS = {
-    "none": "NopPruner",
-    "median": "MedianPruner",
-    "hyperband": "HyperbandPruner",
-    "halving": "SuccessiveHalvingPruner",
-}
 OPTIONS = {
     "trials": 20,  # of the whole study, whoever runs them
     "sampler": "tpe",
@@ -66,7 +60,8 @@ class Search(Sweeper):
         if not self.objectives or any(each not in known for each in self.objectives):
             raise UsageError(f"hydra.sweeper.objectives={self.objectives}: expected some of {', '.join(known)}")
         self.sampler = _choice("sampler", sampler, SAMPLERS)
-        self.pruner = _choice("pruner", "none" if pruner is None or len(self.objectives) > 1 else pruner, PRUNERS)
+        self.pruner = "none" if pruner is None or len(self.objectives) > 1 else pruner
+        _choice("pruner", self.pruner, PRUNERS)
 
     def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
         self.config, self.context = config, hydra_context
@@ -105,7 +100,7 @@ class Search(Sweeper):
         study = optuna.create_study(
             storage=trials.storage(root),
             study_name=trials.NAME,
-            pruner=getattr(optuna.pruners, self.pruner)(),
+            pruner=trials.pruner(self.pruner),
             directions=[DIRECTIONS[each] for each in self.objectives],
             load_if_exists=True,
         )
@@ -128,7 +123,7 @@ class Search(Sweeper):
         """As many trials as the launcher runs at a time, their words by number: those that a killed process left, then
         new ones. Each is locked until `held` ends."""
         found: dict[int, list[str]] = {}
-        many = getattr(self.launcher, "many", 1)
+        many = getattr(self.launcher, "many", 1) or 1
         with locks.alone(root / ".study.lock", "the study"):
             known = study.get_trials(deepcopy=False)
             running = [each for each in known if not each.state.is_finished()]
@@ -158,13 +153,16 @@ class Search(Sweeper):
     def _claim(self, root: Path, number: int, held: contextlib.ExitStack) -> bool:
         """Whether nobody else is at work on the trial."""
         try:
-            held.enter_context(locks.alone(root / f".trial-{number}.lock", f"trial {number}", 0))
+            held.enter_context(locks.alone(trials.lock(root, number), f"trial {number}", 0))
         except locks.Held:
             return False
         return True
 
     def _tell(self, study: optuna.Study, number: int, run: Path) -> None:
-        """What came of a trial's run; one that lacks an objective has failed, and that is said."""
+        """What came of a trial's run; one that lacks an objective has failed, and that is said. One at which another
+        process still is, a job whose search was killed, is nobody's to tell yet."""
+        if is_at_work(run):
+            return
         states = trials.load_optuna().trial.TrialState
         status = read_json(run / "run.json", MOST).get("status") if (run / "run.json").is_file() else "failed"
         values = trials.figures(run) if status == "done" else {}

@@ -36,17 +36,13 @@ def placed(argv: list[str]) -> list[str]:
         return argv
     if {"--help", "-h", "--cfg", "-c", "--info", "-i"} & {*argv}:
         return argv
-    words = [
-        word
-        for word in get_args_parser().parse_known_intermixed_args(argv)[0].overrides
-        if not word.startswith("hydra")
-    ]
+    words = [word for word in get_args_parser().parse_known_intermixed_args(argv)[0].overrides if not _is_hydras(word)]
     if any(word.startswith("run=") for word in words):
         raise UsageError("run= continues one run, and -m makes new ones: leave out one of the two")
     elsewhere = [word.partition("=")[2] for word in argv if word.startswith(f"{DIR}=")]
     if elsewhere and given:
         raise UsageError(f"give either sweep= or {DIR}=")
-    plugins = [word for word in argv if word.startswith("hydra") and not word.startswith(DIR)]
+    plugins = [word for word in argv if _is_hydras(word) and not word.startswith(DIR)]
     described = {"fixed": _fixed(words), "command": [*plugins, *words]}
     if elsewhere:
         _keep(Path(elsewhere[-1].strip("'\"")), described)
@@ -54,6 +50,10 @@ def placed(argv: list[str]) -> list[str]:
     folder = _named(given[-1]) if given else _new()
     _keep(folder, described)
     return [*argv, *_apart(argv), f"{DIR}='{folder}'"]
+
+
+def _is_hydras(word: str) -> bool:
+    return word.lstrip("+~").startswith("hydra")
 
 
 def _ready(name: str, argv: list[str]) -> list[str]:

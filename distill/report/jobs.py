@@ -28,9 +28,10 @@ DROPPED = ("smallest file", "alone %", "ms", "file %", "kB", "gain")  # in this 
 
 def read(root: Path) -> tuple[pd.DataFrame, list[str]]:
     """The rows of `distill.runs.summary` for all runs under `root`, by name, numbers as such; and a line for each whose
-    records are damaged, which has a row of its name, status and error alone."""
-    rows, damaged = [], []
-    for folder in sorted((file.parent for file in root.rglob("run.json")), key=_natural):
+    records are damaged, which has a row of its name, status and error alone; and for a sweep whose record is."""
+    folders = sorted((file.parent for file in root.rglob("run.json")), key=_natural)
+    rows, damaged = [], sweeps.damaged_records(folders)
+    for folder in folders:
         place = {"place": folder.relative_to(root).as_posix()}
         try:
             rows.append(summarised(folder) | place)

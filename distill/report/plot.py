@@ -1,16 +1,23 @@
 """Accuracy against cost, as a picture."""
 
 import io
+from collections.abc import Sequence
 
 from distill.report.labels import Box, nearest, place, shortened
 from distill.report.marks import OUTLINES, mark
+from distill.report.svg import front
 from distill.report.tables import Row
 
+FRONT = {"color": "#999999", "linestyle": "--", "linewidth": 1, "label": "_front"}  # no entry of the legend
 RADIUS, FONT, LONGEST = 7, 9, 40  # of a mark in px, of names in points; signs of a name
 
 
-def plot(rows: list[Row]) -> bytes:
-    """Accuracy against file size and against latency, as a PNG."""
+def plot(rows: Sequence[Row], names: Sequence[str] | None = None) -> bytes:
+    """Accuracy against file size and against latency, as a PNG.
+
+    Args:
+        names: of the points, where they aren't their rows': those of several runs, and with their Pareto front.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -20,17 +27,22 @@ def plot(rows: list[Row]) -> bytes:
     panels = (("bytes", "size (kB)", 1e-3), ("latency_ms", "latency of one image on one thread (ms)", 1))
     drawn = []
     for axes, (field, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        shown = [row for row in rows if row.top1 is not None and (getattr(row, field) or 0) > 0]
+        named = zip(rows, names or [row.name for row in rows], strict=True)
+        shown = [(row, name) for row, name in named if row.top1 is not None and (getattr(row, field) or 0) > 0]
         axes.set(xscale="log", xlabel=label, ylabel="top-1 accuracy (%)")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        points = [(getattr(row, field) * scale, row.top1 * 100, row.name) for row in shown]
+        points = [(getattr(row, field) * scale, row.top1 * 100, row.name, name) for row, name in shown]
         drawn.append((axes, points))
+        if names:
+            corners = front((x, y) for x, y, _, _ in points)
+            axes.plot([x for x, _ in corners], [y for _, y in corners], **FRONT)
         _mark(axes, points)
-    handles = {handle.get_label(): handle for axes, _ in drawn for handle in axes.lines}
+    lines = [line for axes, _ in drawn for line in axes.lines]
+    handles = {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
     if handles:
         columns = min(5, len(handles))
         figure.legend(
@@ -44,16 +56,21 @@ def plot(rows: list[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def _mark(axes, points: list[tuple[float, float, str]]) -> None:
-    """The points, each as its model looks everywhere."""
+def _text(name: str) -> str:
+    """A name that perhaps a stranger gave: neither mathematics nor what no font has."""
+    return shortened(name, LONGEST).encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def _mark(axes, points: list[tuple[float, float, str, str]]) -> None:
+    """The points (x, y, model, name), each as its model looks everywhere."""
     if not points:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="grey")
         return
-    xs, ys, _ = zip(*points, strict=True)
+    xs, ys, _, _ = zip(*points, strict=True)
     margin = max((max(ys) - min(ys)) * 0.25, 0.5)
     axes.set(xlim=(min(xs) / 1.7, max(xs) * 1.7), ylim=(min(ys) - margin, max(ys) + margin))
-    for x, y, name in points:
-        look = mark(name)
+    for x, y, model, _ in points:
+        look = mark(model)
         corners = [(across, -down) for across, down in OUTLINES[look.shape]]
         axes.plot(
             x,
@@ -62,27 +79,27 @@ def _mark(axes, points: list[tuple[float, float, str]]) -> None:
             markersize=10,
             color=look.colour,
             linestyle="",
-            label=shortened(name, LONGEST),
+            label=_text(model),
         )
 
 
-def _label(axes, points: list[tuple[float, float, str]]) -> list[Box]:
+def _label(axes, points: list[tuple[float, float, str, str]]) -> list[Box]:
     """Beside each point its name, where there is room; the boxes of these, in px from the top."""
     renderer = axes.figure.canvas.get_renderer()
     window, boxes = axes.get_window_extent(renderer), []
     texts = [
         axes.annotate(
-            shortened(name, LONGEST),
+            _text(name),
             (x, y),
             xytext=(0, 0),
             textcoords="figure pixels",
             fontsize=FONT,
-            color=mark(name).colour,
+            color=mark(model).colour,
         )
-        for x, y, name in points
+        for x, y, model, name in points
     ]
     sizes = [(extent.width + 2, extent.height + 2) for extent in (each.get_window_extent(renderer) for each in texts)]
-    places = [(x, -y) for x, y in (axes.transData.transform((x, y)) for x, y, _ in points)]
+    places = [(x, -y) for x, y in (axes.transData.transform((x, y)) for x, y, _, _ in points)]
     free = place(places, sizes, Box(window.x0, -window.y1, window.x1, -window.y0), RADIUS)
     for text, box, (x, y) in zip(texts, free, places, strict=True):
         if box is None:

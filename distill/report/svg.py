@@ -1,7 +1,7 @@
 """Plots as SVG: points with names, and curves. All that is text in them is escaped."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -229,16 +229,19 @@ def _axes(across: Scale, down: Scale, xlabel: str, ylabel: str) -> str:
     return "".join(parts)
 
 
-def _front(points: Sequence[Point], across: Scale, down: Scale) -> str:
-    """A line through the points than which none has both more y and less x."""
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the line through the points (x, y) than which none has both more y and less x: the Pareto front."""
     best, corners = -math.inf, []
-    for point in sorted(points, key=lambda point: (point.x, -point.y)):
-        if point.y > best:
-            if corners:
-                corners.append((across(point.x), down(best)))
-            best = point.y
-            corners.append((across(point.x), down(best)))
-    return f'<polyline class="front" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if y > best:
+            corners += [(x, best), (x, y)] if corners else [(x, y)]
+            best = y
+    return corners
+
+
+def _front(points: Sequence[Point], across: Scale, down: Scale) -> str:
+    corners = front((point.x, point.y) for point in points)
+    return f'<polyline class="front" points="{" ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in corners)}"/>'
 
 
 FAMILY = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"

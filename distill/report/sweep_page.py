@@ -1,4 +1,4 @@
-"""sweep.html: the runs under a folder on one page."""
+"""sweep.html and sweep.png: the runs under a folder on one page, and what they reached at which cost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distill.report import parts, svg
 from distill.report.jobs import differing, over_seeds, read
 from distill.report.marks import colour
 from distill.report.parts import Cell, Html, text
+from distill.report.plot import plot
 from distill.report.run_page import DASHES, plots, rows_of
 from distill.report.tables import MISSING, Row
 from distill.runs import tables
@@ -40,7 +41,7 @@ COLUMNS = {  # of the table: what of the summary, how shown, times what
 
 
 def rebuild(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> Path:
-    """Writes sweep.html of all runs under `root` into it.
+    """Writes sweep.html of all runs under `root` into it, and sweep.png where one is reported.
 
     Args:
         found: what `distill.report.jobs.read` found there, where that is known.
@@ -48,9 +49,17 @@ def rebuild(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> 
     Raises:
         UserError: there are none, or it cannot be written.
     """
-    file = root / "sweep.html"
+    found, file = found or _read(root), root / "sweep.html"
     write(file, page(root, found).encode())
+    if named := _named(_reports(root, found[0])):
+        write(root / "sweep.png", plot([row for _, row in named], [name for name, _ in named]))
     return file
+
+
+def _read(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder: expected one with runs, such as outputs/sweeps/DATE")
+    return read(root)
 
 
 def page(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> str:
@@ -59,14 +68,12 @@ def page(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> str
     Raises:
         UserError: there are no runs under `root`.
     """
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder: expected one with runs, such as outputs/sweeps/DATE")
-    table, damaged = found or read(root)
+    table, damaged = found or _read(root)
     if table.empty:
         raise UserError(f"{root} holds no runs (no run.json below it): expected a folder such as outputs/sweeps/DATE")
     done = (table["status"] == "done").sum()
     counted = f"{len(table):,} runs, {done:,} of them done."
-    reports = {run.place: found for run in table.itertuples() if (found := _report(root / run.place)) is not None}
+    reports = _reports(root, table)
     early = [place for place, report in reports.items() if "verdict" not in report]
     warned = damaged + [
         f"{place} was reported by an earlier version: figures that it lacks are empty" for place in early
@@ -83,6 +90,11 @@ def page(root: Path, found: tuple[pd.DataFrame, list[str]] | None = None) -> str
         "</main>",
     ]
     return parts.document(f"{root.resolve().name}: sweep", body)
+
+
+def _reports(root: Path, table: pd.DataFrame) -> dict[str, dict]:
+    """The report.json of each run that has one, by its place."""
+    return {place: found for place in table["place"] if (found := _report(root / place)) is not None}
 
 
 def _report(folder: Path) -> dict | None:
@@ -113,13 +125,18 @@ def _figure(value, spec: str, scale: float) -> Cell:
     return Cell(value, value) if isinstance(value, str) else Cell(MISSING)
 
 
-def _points(reports: dict[str, dict]) -> list[str]:
+def _named(reports: dict[str, dict]) -> list[tuple[str, Row]]:
     """Each run's student and smallest file, under the run's name."""
     named: list[tuple[str, Row]] = []
     for place, report in islice(reports.items(), PLOTTED):
         smallest = tables.smallest_file(report["rows"])
         names = {"student", smallest["name"] if smallest else "student"}
         named += [(place, row) for row in rows_of(report) if row.name in names]
+    return named
+
+
+def _points(reports: dict[str, dict]) -> list[str]:
+    named = _named(reports)
     if not named:
         return []
     left = len(reports) - PLOTTED

@@ -1,4 +1,4 @@
-"""The end of a sweep: a table on the terminal, sweep.csv, sweep.md and sweep.html, failed jobs apart."""
+"""The end of a sweep: a table on the terminal, sweep.csv, sweep.md, sweep.html and sweep.png, failed jobs apart."""
 
 import sys
 from pathlib import Path
@@ -34,12 +34,16 @@ def finish(root: Path) -> bool:
         say(f"no run in {root}: nothing to compare")
         return False
     done, broken = table[table["status"] == "done"], table[~table["status"].isin(["done", "pruned"])]
-    errors = zip(broken["run"], broken["error"], broken["status"], strict=True)
-    failed = unstarted | {run: error if isinstance(error, str) else f"it is {status}" for run, error, status in errors}
+    errors = {
+        run.place: run.error if isinstance(run.error, str) else f"it is {run.status}" for run in broken.itertuples()
+    }
+    at_work = [place for place in errors if sweeps.is_at_work(root / place) or trials.is_taken(root / place)]
+    failed = unstarted | {place: error for place, error in errors.items() if place not in at_work}
     said = [*jobs.over_seeds(done), *trials.told(root), *(f"failed: {name}: {why}" for name, why in failed.items())]
+    said += [f"another process is at work on it: {place}" for place in at_work]
     lines = [f"{len(done)} of {len(table) + len(unstarted)} jobs are done, in {root}"]
     lines += [jobs.terminal(done, min(160, screen_width(160)))] if len(done) else []
-    again = failed and (root / sweeps.FILE).exists()
+    again = failed and (root / sweeps.FILE).exists() and not sweeps.damaged_records([root / "job"])
     lines += [*said, *([f"{asked.again(*sweeps.again(root))} tries them again"] if again else [])]
     say("\n" + "\n".join(lines))
     jobs.write(root, done, said)

@@ -36,6 +36,7 @@ from distill.runs.records import (
     ways_on,
 )
 from distill.runs.student import STUDENT, STUDENT_LAST, read_description, rebuild, without
+from distill.runs.sweeps import LOCK
 from distill.signals import Ended
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy")
@@ -251,7 +252,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         if leads():
             locks.run = str(folder)
             try:
-                held.enter_context(locks.alone(folder / ".lock", "the run's folder", PATIENCE))
+                held.enter_context(locks.alone(folder / LOCK, "the run's folder", PATIENCE))
             except locks.Held as other:
                 raise UserError(
                     f"another process is at work in {folder}, {other.owner}: wait for it or end it, or start a new run "

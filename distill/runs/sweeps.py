@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.errors import UserError
+from distill import locks
+from distill.errors import DamagedError, UserError
 from distill.files import MOST, atomic, damaged, read_json
 
 ROOT = "outputs/sweeps"
 FILE = "sweep.json"  # what all jobs of a sweep have in common
+LOCK = ".lock"  # in a run's folder, of the process that is at work there
 ERROR = "error.txt"  # in the folder of a job that ended before it was a run
 LIST = r"^\[(.*)\]$"
 LONGEST = 100  # characters of a job's name
@@ -40,10 +42,25 @@ def again(folder: Path) -> list[str]:
 
 
 def varied(folder: Path, words: Sequence[str]) -> dict[str, str]:
-    """What a job, with these words, has apart from other jobs of its sweep, as written: value by option."""
-    fixed = read_sweep(folder)["fixed"] if (folder / FILE).is_file() else words
+    """What a job, with these words, has apart from other jobs of its sweep, as written: value by option. Nothing where
+    the sweep's record is damaged, which is for `damaged_records` to tell."""
+    fixed = words
+    with suppress(DamagedError):
+        fixed = read_sweep(folder)["fixed"] if (folder / FILE).is_file() else words
     apart = (word.lstrip("+~").partition("=") for word in words if word not in fixed)
     return {key: value for key, _, value in apart}
+
+
+def damaged_records(runs: Iterable[Path]) -> list[str]:
+    """A line for each sweep of these runs whose record is damaged: what it varies isn't known."""
+    lines = []
+    for folder in dict.fromkeys(run.parent for run in runs):
+        try:
+            if (folder / FILE).is_file():
+                read_sweep(folder)
+        except DamagedError as error:
+            lines.append(f"{error}; until then its options have no columns")
+    return lines
 
 
 def job_name(folder: str, words: Sequence[str], number: int) -> str:
@@ -78,6 +95,11 @@ def unstarted(folder: Path) -> dict[str, str]:
     """Jobs of a sweep that ended before they were a run: their error by name."""
     files = sorted(file for file in folder.glob(f"*/{ERROR}") if not (file.parent / "run.json").exists())
     return {file.parent.name: file.read_text(encoding="utf-8").strip() for file in files}
+
+
+def is_at_work(job: Path) -> bool:
+    """Whether another process trains in the folder."""
+    return (job / "run.json").is_file() and locks.held(job / LOCK)
 
 
 def note_error(job: Path, text: str) -> None:

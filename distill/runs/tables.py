@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from distill.errors import DamagedError, UserError
 from distill.files import MOST, damaged, read_json, read_yaml
 from distill.progress import say
 from distill.runs.records import read_record
-from distill.runs.sweeps import varied
+from distill.runs.sweeps import damaged_records, varied
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +25,15 @@ TEXTS = ("name", "format", "measured", "command", "student", "digest")  # of a r
 
 
 def folders(root: str | Path = "outputs") -> list[Path]:
-    """The folders of all runs under `root`, oldest first."""
-    found = [file.parent for file in Path(root).rglob("run.json")]
-    return sorted(found, key=lambda folder: (read_record(folder, changed=True)["created"], str(folder)))
+    """The folders of all runs under `root`, oldest first; at the end those whose record is damaged."""
+
+    def begun(folder: Path) -> tuple[bool, str, str]:
+        try:
+            return False, read_record(folder, changed=True)["created"], str(folder)
+        except UserError:
+            return True, "", str(folder)
+
+    return sorted((file.parent for file in Path(root).rglob("run.json")), key=begun)
 
 
 def models(*roots: str | Path) -> pd.DataFrame:
@@ -34,25 +41,40 @@ def models(*roots: str | Path) -> pd.DataFrame:
 
     Columns: run, folder, teacher, student, data, loss, seed, overrides, options (those but for seed and name: runs with
     the same options are repetitions of each other), then those of `distill.report.tables.Row`
-    (`name` is the model's: "teacher", "student alone", "student", a file's name).
+    (`name` is the model's: "teacher", "student alone", "student", a file's name). A run whose records are damaged is
+    left out, and that is said.
     """
     import pandas as pd
 
-    rows = []
-    for folder in (folder for root in roots for folder in folders(root)):
-        if (folder / "report.json").is_file():
-            identity = _identity(folder, _record(folder))  # its "student" is the network, a row's the hash of weights
-            rows += [identity | row | identity for row in read_report(folder)["rows"]]
-    return pd.DataFrame(rows)
+    def reported(folder: Path) -> list[dict]:
+        if not (folder / "report.json").is_file():
+            return []
+        identity = _identity(folder, _record(folder))  # its "student" is the network, a row's the hash of weights
+        return [identity | row | identity for row in read_report(folder)["rows"]]
+
+    return pd.DataFrame(_of_all(roots, reported))
 
 
 def summary(*roots: str | Path) -> pd.DataFrame:
     """One row a run: what it was, a column for each option that its sweep varies, its status and error, the accuracies
     of teacher, student alone and student, the gain over the student alone (all in [0, 1]), and of its smallest file the
-    name, accuracy, bytes and latency in ms."""
+    name, accuracy, bytes and latency in ms. A run whose records are damaged is left out, and that is said."""
     import pandas as pd
 
-    return pd.DataFrame([summarised(folder) for root in roots for folder in folders(root)])
+    for line in damaged_records(folder for root in roots for folder in folders(root)):
+        say(f"warning: {line}")
+    return pd.DataFrame(_of_all(roots, lambda folder: [summarised(folder)]))
+
+
+def _of_all(roots: Iterable[str | Path], read: Callable[[Path], list[dict]]) -> list[dict]:
+    """What `read` finds in every run under `roots`, and a warning for each in which it can't."""
+    rows = []
+    for folder in (folder for root in roots for folder in folders(root)):
+        try:
+            rows += read(folder)
+        except UserError as error:
+            say(f"warning: {folder} is left out: {error}")
+    return rows
 
 
 def summarised(folder: Path) -> dict:

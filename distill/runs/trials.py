@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill import locks
 from distill.errors import UsageError
 from distill.files import read_json, write_json
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 STUDY = "study.log"  # Optuna's journal in a sweep's folder
 NAME = "sweep"  # of the one study in it
 FILE = "trial.json"  # in a run's folder: of which study it is which trial
+PRUNERS = {
+    "none": "NopPruner",
+    "median": "MedianPruner",
+    "hyperband": "HyperbandPruner",
+    "halving": "SuccessiveHalvingPruner",
+}
 DIRECTIONS = {"accuracy": "maximize", "bytes": "minimize", "latency_ms": "minimize"}
 
 
@@ -43,6 +50,11 @@ def study_of(folder: Path) -> optuna.Study:
     return found.load_study(study_name=NAME, storage=storage(folder))
 
 
+def pruner(name: str) -> optuna.pruners.BasePruner:
+    """Of PRUNERS. It is no part of what a study keeps."""
+    return getattr(load_optuna().pruners, PRUNERS[name])()
+
+
 def storage(folder: Path) -> optuna.storages.JournalStorage:
     journal = import_module("optuna.storages.journal")
     with warnings.catch_warnings():
@@ -56,12 +68,23 @@ def note(run: Path, number: int) -> None:
     write_json(run / FILE, {"number": number})
 
 
+def lock(root: Path, number: int) -> Path:
+    """Of a trial: whoever trains it holds it, from before its run begins."""
+    return root / f".trial-{number}.lock"
+
+
+def is_taken(run: Path) -> bool:
+    """Whether the run is a trial that another process is at, or about to begin."""
+    return (run / FILE).is_file() and locks.held(lock(run.parent, read_json(run / FILE)["number"]))
+
+
 def judge(run: Path) -> Callable[[int, float], bool] | None:
     """What a run that is a trial asks after each epoch: (epoch, validation accuracy) to whether to go on; None where it
     is none, or its study has more than one objective and prunes nothing."""
     if not (run / FILE).is_file() or not (run.parent / STUDY).is_file():
         return None
     study = study_of(run.parent)
+    study.pruner = pruner(study.user_attrs.get("described", {}).get("pruner", "median"))
     number = read_json(run / FILE)["number"]
     found = next((each for each in study.get_trials(deepcopy=False) if each.number == number), None)
     if found is None or found.state.is_finished() or len(study.directions) > 1:

@@ -1,6 +1,7 @@
 """Training: Lightning's Trainer, checkpoints that survive a kill, exact resume, the best weights."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import signals
 from distill.data.base import Data
@@ -123,6 +124,10 @@ def _fit(
     try:
         with signals.held():
             trainer.fit(module, loader, data.val_loader(shared=True), ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        if (told := unwaited(error, module)) is None:
+            raise
+        raise told from error
     except SystemExit as end:  # Lightning's answer to Ctrl-C, where no command line handles it
         raise KeyboardInterrupt if trainer.interrupted else end from None
     except OSError as error:  # of a log, which does not say where
@@ -140,6 +145,25 @@ def _fit(
     network.net.load_state_dict(chosen[recipe.select]["state"])
     network.record(()).eval().to("cpu", torch.float32)  # whatever number format it was trained in
     return chosen
+
+
+def unwaited(error: RuntimeError, module: nn.Module) -> UserError | None:
+    """What a user is told of DDP's error that a gradient never came; None of others."""
+    if "Expected to have finished reduction" not in str(error):
+        return None
+    named = [name for name, value in module.named_parameters() if value.requires_grad]
+    given = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    return without_gradient([named[int(index)] for index in given[1].split()] if given else [])
+
+
+def without_gradient(names: Sequence[str]) -> UserError:
+    """What to do about parameters whose gradient other processes wait for."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return UserError(
+        f"{shown or 'a parameter'}: no part in the loss in one step, and processes that train together wait for its "
+        "gradient: take what nothing uses out or freeze it (requires_grad_(False)), or let them look for such in every "
+        "step, trainer.strategy=ddp_find_unused_parameters_true"
+    )
 
 
 def _step(data: Data, trainer: Trainer) -> int:

@@ -3,12 +3,13 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from hydra.utils import instantiate
 from pytorch_lightning import Trainer
 
-from distill.errors import UserError
+from distill.errors import UsageError, UserError
 from distill.networks.network import Network
 from distill.progress import leads
 from distill.training.precision import on_cpu, precision
@@ -26,8 +27,18 @@ def optimizer(recipe: Recipe, precision: str) -> Callable:
 
 
 def trainer(recipe: Recipe, network: Network, callbacks: list, loggers: list) -> Trainer:
-    """The Trainer that trains `network`."""
+    """The Trainer that trains `network`.
+
+    Raises:
+        UserError: a number of processes that what started this one doesn't allow.
+        UsageError: batch norms are to be exchanged between CPUs.
+    """
     quiet()
+    if recipe.trainer.get("sync_batchnorm") and on_cpu(recipe.trainer["accelerator"]):
+        raise UsageError(
+            "trainer.sync_batchnorm=true: torch exchanges batch norms' statistics between GPUs only: leave it out, or "
+            "choose trainer.accelerator=gpu"
+        )
     made = instantiate(
         {**recipe.trainer, **_processes(recipe.trainer)},
         _convert_="all",
@@ -67,6 +78,20 @@ def _processes(options: Mapping) -> dict:
     if local and options["devices"] == "auto" and on_cpu(options["accelerator"]) and options["strategy"] != "auto":
         found["devices"] = int(local)  # a processor is one device, whoever shares it
     return found
+
+
+def waits_for_all(options: Mapping) -> bool:
+    """Whether processes that train together wait for a gradient of every parameter, as DDP does by itself."""
+    strategy, devices, nodes = options["strategy"], options["devices"], options.get("num_nodes", 1)
+    if strategy != "auto":
+        return strategy.startswith("ddp") and not strategy.endswith("_true")
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(",").split(",")
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        devices = len(devices)
+    if devices == "auto" and not on_cpu(options["accelerator"]):
+        devices = torch.cuda.device_count()
+    return nodes not in (None, 1) or devices not in (0, 1, "1", "auto")
 
 
 def quiet() -> None:

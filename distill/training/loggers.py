@@ -1,12 +1,14 @@
 """Where metrics and the report go besides the run's folder: Weights & Biases, TensorBoard, MLflow."""
 
 import io
+import json
 import logging
 import os
 import re
 import secrets
 import shlex
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -15,7 +17,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
@@ -96,16 +98,14 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
 
     def _ready(self) -> bool:
-        """Whether there is a key, and a server that answers. It is asked here first: where it doesn't answer, whatever
-        wandb itself asks keeps this process from ending for long."""
+        """Whether there is a key, and a server that knows it. It is asked here first: where it doesn't answer, or
+        refuses, whatever wandb itself asks keeps this process from ending for long."""
         url = self.wandb.setup().settings.base_url
-        if not _has_key(url):
+        key = _key(url)
+        if not key:
             return False
-        try:
-            with suppress(HTTPError):  # an answer, too
-                urlopen(url, timeout=PATIENCE / 2).close()
-        except OSError as error:
-            self.tell(f"wandb: no answer from {url} ({getattr(error, 'reason', error)}); logging offline")
+        if why := _refusal(url, key):
+            self.tell(f"wandb: {why}; logging offline")
             return False
         return bool(self.wandb.login(prompt=False, verify=False))
 
@@ -183,13 +183,16 @@ class MLflow:
     """A run of MLflow."""
 
     def __init__(self, folder: Path, name: str, cfg: dict, experiment: str):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its own, which holds up the end
+        where = os.environ.get("MLFLOW_TRACKING_URI")
+        if where and where.startswith("http") and (why := _silence(where)):  # MLflow itself would try for minutes
+            raise UserError(why)
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
         for library in ("mlflow", "alembic"):
             logging.getLogger(library).setLevel(logging.ERROR)
-        where = os.environ.get("MLFLOW_TRACKING_URI")
         if not where:
             Path(STORE).parent.mkdir(exist_ok=True)
         self.client = MlflowClient(where or f"sqlite:///{STORE}")
@@ -242,13 +245,45 @@ class MLflow:
         self.client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
 
 
-def _has_key(url: str) -> bool:
-    """Whether `wandb login`, or WANDB_API_KEY, left one for this server."""
+def _key(url: str) -> str | None:
+    """The one that `wandb login` left for this server, or WANDB_API_KEY's."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
     file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     with suppress(OSError, NetrcParseError):
-        if file.is_file() and netrc(file).authenticators(urlsplit(url).hostname):
-            return True
-    return bool(os.environ.get("WANDB_API_KEY"))
+        if file.is_file() and (found := netrc(file).authenticators(urlsplit(url).hostname)):
+            return found[2]
+    return None
+
+
+def _silence(url: str) -> str | None:
+    """Why MLflow's server can't be used; None where it answers, be it that it wants to know who asks."""
+    try:
+        urlopen(f"{url.rstrip('/')}/health", timeout=PATIENCE / 2).close()
+    except HTTPError as error:
+        return f"no answer from {url} ({error})" if error.code >= 500 else None
+    except (OSError, ValueError) as error:
+        return f"no answer from {url} ({getattr(error, 'reason', error)})"
+    return None
+
+
+def _refusal(url: str, key: str) -> str | None:
+    """Why W&B's server takes nothing with this key; None where it knows whose it is."""
+    who = {
+        "Content-Type": "application/json",
+        "Authorization": f"Basic {b64encode(f'api:{key}'.encode()).decode()}",
+    }
+    question = json.dumps({"query": "query { viewer { id } }"}).encode()
+    try:
+        with urlopen(Request(f"{url}/graphql", question, who), timeout=PATIENCE / 2) as answer:
+            known = (json.load(answer).get("data") or {}).get("viewer")
+    except HTTPError as error:
+        if error.code not in (401, 403):
+            return f"no answer from {url} ({error})"
+        known = None
+    except (OSError, ValueError, AttributeError) as error:
+        return f"no answer from {url} ({getattr(error, 'reason', error)})"
+    return None if known else f"{url} doesn't know the key (WANDB_API_KEY, or wandb login)"
 
 
 def _allowed(name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from conftest import QUICK, ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from distill import locks
 from distill.cli import launcher
 from distill.cli.search import OPTIONS, Search, _drawn
 from distill.errors import UsageError
@@ -83,6 +84,19 @@ def test_two_processes_share_a_study(tmp_path):
     assert begun == [1] * 12
 
 
+def test_a_trial_at_which_another_process_is_is_not_told(tmp_path):
+    made = optuna.create_study(storage=trials.storage(tmp_path), study_name=trials.NAME, direction="maximize")
+    number, run = made.ask().number, tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"status": "running"}')
+    search = Search(**OPTIONS)
+    with locks.alone(run / ".lock", "the run's folder"):
+        search._tell(made, number, run)
+    assert made.trials[number].state.name == "RUNNING"
+    search._tell(made, number, run)
+    assert made.trials[number].state.name == "FAIL"
+
+
 def test_another_study_in_the_folder_is_refused(tmp_path):
     study(tmp_path / "x", 2).communicate()
     process = study(tmp_path / "x", 2, '{"objectives": ["accuracy", "bytes"]}')
@@ -125,6 +139,25 @@ def test_what_is_drawn_is_of_the_space(word, fits):
     assert all(map(fits, drawn)) and len(drawn) > 1
 
 
+@pytest.mark.parametrize("name", trials.PRUNERS)
+def test_the_pruner_is_the_one_that_was_asked_for(tmp_path, name):
+    """A study doesn't keep it: Optuna's own default would judge instead."""
+    made = optuna.create_study(storage=trials.storage(tmp_path), study_name=trials.NAME, direction="maximize")
+    made.set_user_attr("described", {"pruner": name})
+    asked = []
+    for _ in range(6):
+        trial = made.ask()
+        trial.report(0.9, 1)
+        made.tell(trial, 0.9)
+    number = made.ask().number
+    trials.note(tmp_path / "run", number)
+    with pytest.MonkeyPatch.context() as patch:
+        kind = getattr(optuna.pruners, trials.PRUNERS[name])
+        patch.setattr(kind, "prune", lambda self, study, trial: bool(asked.append(type(self).__name__)))
+        assert trials.judge(tmp_path / "run")(1, 0.1) is True
+    assert asked == [trials.PRUNERS[name]]
+
+
 def test_a_trial_is_judged_by_the_others(tmp_path):
     made = optuna.create_study(storage=trials.storage(tmp_path), study_name=trials.NAME, direction="maximize")
     for _ in range(5):
@@ -158,9 +191,9 @@ def test_a_pruned_run_says_so_and_a_search_ends_with_its_best(train, tmp_path, c
 def test_jobs_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert launcher.Processes(4)._share(0)["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in launcher.Processes()._share(0)
+    assert launcher.Processes(4).environment(0)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in launcher.Processes().environment(0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [launcher.Processes(2)._share(number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["3", "5", "3"]
+    assert [launcher.Processes(2).environment(number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["3", "5", "3"]
     with pytest.raises(UsageError, match="side_by_side=0: expected"):
         launcher.Processes(0)

@@ -155,7 +155,7 @@ def test_nothing_of_it_imports_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-READY = sorted(file.stem for file in Path(CONF, "sweep").glob("*.yaml"))
+READY = sorted(file.stem for file in Path(CONF, "sweep").glob("*.yaml") if file.stem != "wandb")
 
 
 @pytest.mark.parametrize("name", READY)
@@ -191,3 +191,8 @@ def test_jobs_of_several_processes_are_commands_of_their_own():
     assert "hydra/launcher=processes" in placed(["-m", "seed=0,1", "trainer.devices=2"])
     assert "hydra/launcher=processes" not in placed(["-m", "seed=0,1", "trainer.devices=2", "hydra/launcher=basic"])
     assert "hydra/launcher=processes" not in placed(["-m", "seed=0,1"])
+
+
+def test_where_jobs_run_makes_no_other_sweep():
+    placed(["-m", "seed=0,1", "student=resnet8", "sweep=mine"])
+    placed(["-m", "seed=0,1", "student=resnet8", "sweep=mine", "hydra/launcher=ray", "+hydra.launcher.ray.remote.x=1"])

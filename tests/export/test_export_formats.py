@@ -427,6 +427,7 @@ def test_the_programs_of_the_readme_say_of_any_photo_what_the_toolkit_says(expor
         "ExecuTorch": "pte",
         "ONNX Runtime": "onnx",
         "TorchScript (libtorch, Python)": "pt",
+        "PyTorch Mobile's lite interpreter": "ptl",
         "torch.export": "pt2",
     }.items():
         text_of_program = program(folder, title)

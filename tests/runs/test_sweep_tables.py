@@ -3,9 +3,14 @@
 import json
 
 import pytest
+from PIL import Image
 
+from distill import locks
 from distill.report import sweeps
-from distill.runs import tables
+from distill.report.plot import plot
+from distill.report.svg import front
+from distill.report.tables import Row
+from distill.runs import tables, trials
 
 
 @pytest.fixture
@@ -58,3 +63,52 @@ def test_a_run_that_was_killed_is_told_by_its_state(sweep, capsys):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
     assert not sweeps.finish(sweep)
     assert "failed: seed=2: it is running" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lock", ["seed=2/.lock", ".trial-7.lock"])
+def test_a_run_at_which_another_process_is_has_not_failed(sweep, capsys, lock):
+    trials.note(sweep / "seed=2", 7)
+    file = sweep / "seed=2" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    with locks.alone(sweep / lock, "the run's folder"):
+        assert sweeps.finish(sweep)
+    said = capsys.readouterr().out
+    assert "2 of 3 jobs are done" in said and "another process is at work on it: seed=2" in said
+    assert "failed" not in said
+
+
+@pytest.mark.parametrize("file", ["run.json", "config.yaml", "report.json"])
+@pytest.mark.parametrize("damage", ["", "{", "[]"])
+def test_a_damaged_run_is_left_out_of_the_tables_with_a_line(sweep, capsys, file, damage):
+    (sweep / "seed=1" / file).write_text(damage)
+    for read in (tables.summary, tables.models):
+        assert read(sweep)["run"].tolist() == ["seed=0", "seed=2"]
+        [line] = capsys.readouterr().out.splitlines()
+        assert line.startswith("warning: ") and f"seed=1/{file}" in line
+    assert {folder.name for folder in tables.folders(sweep)} == {"seed=0", "seed=1", "seed=2"}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"fixed": 3}'])
+def test_a_sweep_whose_record_is_damaged_is_shown_without_its_options(sweep, capsys, damage):
+    (sweep / "sweep.json").write_text(damage)
+    table = tables.summary(sweep)
+    assert table["run"].tolist() == ["seed=0", "seed=1", "seed=2"]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: ") and "sweep.json" in line
+    assert sweeps.finish(sweep)
+    assert "sweep.json" in (sweep / "sweep.html").read_text()
+
+
+def test_a_sweeps_picture_has_its_front(sweep, monkeypatch):
+    """Through the runs than which none is both better and smaller."""
+    assert front([(3, 5), (1, 2), (2, 1), (2.5, 2), (4, 4)]) == [(1, 2), (3, 2), (3, 5)]
+    for seed, (top1, size) in enumerate([(0.8, 1000), (0.9, 3000), (0.7, 2000)]):
+        rows = [{"name": "student", "top1": top1, "bytes": size, "latency_ms": 1.0 + seed}]
+        (sweep / f"seed={seed}" / "report.json").write_text(json.dumps({"rows": rows, "context": {}}))
+    drawn = {}
+    monkeypatch.setattr("distill.report.plot.front", lambda points: drawn.setdefault("front", front(points)))
+    sweeps.finish(sweep)
+    assert drawn["front"] == [(1.0, 80.0), (3.0, 80.0), (3.0, 90.0)]  # kB, %
+    with Image.open(sweep / "sweep.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    assert plot([Row("$\\x{$\ud800.pt", top1=0.5, bytes=3)])[1:4] == b"PNG"  # a stranger's name

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT
+from harness import run
 
 from distill.data import batches
 from distill.data.batches import InOrder
 from distill.errors import UsageError, UserError
+from distill.runs import trials
 from distill.teachers.cache import HEADER
-from distill.training.lightning import trainer
+from distill.training.lightning import trainer, waits_for_all
 from distill.training.recipe import Recipe
 from distill.training.resume import TABLE, newest, read
 
@@ -32,6 +34,18 @@ def plain(num_classes):
     """No batch norm, whose statistics are those of one process's images."""
     convolution = nn.Conv2d(3, 8, 3, 2, 1)
     return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+class Idle(Loss):
+    """Has a layer that nothing uses, or, where SOMETIMES is set, only the first step does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.steps = nn.Linear(2, 2), 0
+
+    def forward(self, student, teacher, batch):
+        self.steps += 1
+        used = "SOMETIMES" in os.environ and self.steps == 1
+        return self.layer.weight.sum() * 0 if used else 0 * student.logits.sum()
 
 class Probe(Loss):
     """Says what its process sees and draws; its value is the process's number."""
@@ -79,6 +93,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "conf" / "loss").mkdir(parents=True)
     (folder / "conf" / "loss" / "probe.yaml").write_text("probe: {_target_: own.Probe, weight: 0.0}\n")
+    (folder / "conf" / "loss" / "idle.yaml").write_text("idle: {_target_: own.Idle, weight: 0.1}\n")
     (folder / "own.py").write_text(OWN)
     return folder
 
@@ -144,6 +159,77 @@ def test_another_number_of_processes_is_refused(folder, pair, capsys):
     assert "training from the start" in capsys.readouterr().out
     assert newest(checkpoints, False, 2)[1] == (2, 0)
     assert read(checkpoints / "last.ckpt")["sums"].shape[0] == 2
+
+
+def failed(folder: Path, *words: str, **more: str) -> str:
+    """The one line of a run that fails."""
+    command = [str(ROOT / "train.py"), "--config-dir", str(folder / "conf"), *WORDS, ONE, *words]
+    process = start(folder, *command, **more)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode in (1, 2) and "Traceback" not in errors, (said, errors)
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_what_has_no_gradient_is_told_before_anything_is_trained(folder):
+    words = ["loss=[ce,kd,idle]", "trainer.devices=2", "name=idle"]
+    line = failed(folder, *words)
+    assert "losses.idle.layer.weight, losses.idle.layer.bias: no part in the loss" in line
+    assert "trainer.strategy=ddp_find_unused_parameters_true" in line
+    assert not (folder / "outputs/idle/checkpoints").exists()
+
+
+@pytest.mark.matrix
+def test_what_has_a_gradient_only_sometimes_is_told_or_looked_for(folder):
+    words = ["loss=[ce,kd,idle]", "trainer.devices=2", "optimizer.weight_decay=0"]
+    line = failed(folder, *words, "name=sometimes", SOMETIMES="1")
+    assert "losses.idle.layer.weight: no part in the loss in one step" in line or "losses.idle.layer.bias" in line
+    command = [str(ROOT / "train.py"), "--config-dir", str(folder / "conf"), *WORDS, PAIR, *words, "name=looked"]
+    ended(start(folder, *command, "trainer.strategy=ddp_find_unused_parameters_true"))
+
+
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({"strategy": "ddp"}, True),
+        ({"strategy": "ddp_find_unused_parameters_true"}, False),
+        ({"strategy": "fsdp"}, False),
+        ({"strategy": "auto"}, False),
+        ({"strategy": "auto", "devices": 1}, False),
+        ({"strategy": "auto", "devices": [3]}, False),
+        ({"strategy": "auto", "devices": "0,"}, False),
+        ({"strategy": "auto", "devices": 2}, True),
+        ({"strategy": "auto", "devices": "0,1"}, True),
+        ({"strategy": "auto", "num_nodes": 2}, True),
+    ],
+)
+def test_who_waits_for_every_gradient(options, waits):
+    assert waits_for_all({"accelerator": "cpu", "devices": "auto", **options}) is waits
+
+
+def test_batch_norms_are_exchanged_between_gpus_only():
+    with pytest.raises(UsageError, match=r"sync_batchnorm=true: .* leave it out, or choose trainer.accelerator=gpu"):
+        trainer(recipe(sync_batchnorm=True), None, [], [])
+
+
+@pytest.mark.matrix
+def test_a_trial_of_a_search_is_one_for_all_its_processes(tmp_path):
+    """None of them draws values of its own, and all end where one is pruned."""
+    prune = """
+def change(module):
+    module.judge = lambda run: lambda epoch, accuracy: "weight=0.5" not in run.name
+after_import("distill.runs.trials", change)
+"""
+    words = [*QUICK, "-m", "hydra/sweeper=search", "loss.kd.weight=0.5,0.9", "hydra.sweeper.trials=4", "sweep=x"]
+    words += ["hydra.sweeper.sampler=random", "trainer.devices=2", "compress=[]", "export=[]", "baseline=false"]
+    done = run(tmp_path, *words, fault=prune)
+    assert done.code == 0, done
+    root = tmp_path / "outputs/sweeps/x"
+    found = trials.study_of(root).trials
+    assert len(found) == 4 and {each.state.name for each in found} == {"PRUNED", "COMPLETE"}
+    runs = {file.parent.name: json.loads(file.read_text())["status"] for file in root.glob("*/run.json")}
+    assert runs == {"kd.weight=0.5": "pruned", "kd.weight=0.9": "done"}
+    assert "2 processes of 16 images each" in (root / "kd.weight=0.9/output.txt").read_text()
 
 
 @pytest.mark.matrix

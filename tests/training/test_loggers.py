@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,68 @@ def test_a_server_that_is_silent_leaves_wandb_offline(tmp_path, no_account, monk
     said = done.stdout
     assert "logging offline" in said and "wandb sync wandb/offline-run-" in said, done
     assert ended - float(said.split()[-1]) < 5
+
+
+@pytest.fixture
+def server():
+    """(its address, a function to say the code and body of what it answers)."""
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            answers["asked"] = self.rfile.read(int(self.headers["Content-Length"])), self.headers["Authorization"]
+            self.do_GET()
+
+        def do_GET(self):
+            self.send_response(answers["code"])
+            self.end_headers()
+            self.wfile.write(answers["body"].encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}", answers
+        served.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "told"),
+    [
+        (200, '{"data": {"viewer": {"id": "x"}}}', None),
+        (200, '{"data": {"viewer": null}}', "doesn't know the key"),
+        (200, "<html>", "no answer from"),
+        (200, "[]", "no answer from"),
+        (401, "", "doesn't know the key"),
+        (403, "", "doesn't know the key"),
+        (500, "", "no answer from"),
+    ],
+)
+def test_a_key_is_asked_about_before_wandb_waits_for_it(server, code, body, told):
+    url, answers = server
+    answers |= {"code": code, "body": body}
+    said = loggers._refusal(url, "secret")
+    assert said is None if told is None else told in said and "secret" not in said
+    assert answers["asked"] == (b'{"query": "query { viewer { id } }"}', "Basic YXBpOnNlY3JldA==")
+
+
+@pytest.mark.parametrize(("code", "told"), [(200, False), (401, False), (404, False), (502, True)])
+def test_mlflows_server_is_asked_before_it_is_waited_for(server, code, told):
+    url, answers = server
+    answers |= {"code": code, "body": "OK"}
+    assert bool(loggers._silence(url)) is told
+
+
+def test_where_nobody_listens_a_tracker_is_left_out_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert "no answer from http://127.0.0.1:1" in loggers._refusal("http://127.0.0.1:1", "key")
+    begun = time.monotonic()
+    tracker = Tracker("mlflow", lambda tell: loggers.MLflow(tmp_path, "x", {}, "distill"))
+    tracker.log_metrics({"loss": 1.0}, 0)
+    tracker.close()
+    assert time.monotonic() - begun < 5
+    assert re.search("warning: mlflow: no answer from http://127.0.0.1:1 .*refused", capsys.readouterr().out)
 
 
 def test_a_job_belongs_to_its_sweep_and_a_run_keeps_its_number(tmp_path):

@@ -176,7 +176,12 @@ def test_no_checkpoint_is_written_while_gradients_are_accumulated(folder):
 
 @pytest.mark.parametrize(
     ("by", "code", "word"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted"), (signal.SIGUSR1, 138, "out of time")],
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGUSR1, 138, "out of time"),
+        pytest.param(signal.SIGUSR2, 140, "out of time", marks=pytest.mark.faults),
+    ],
 )
 def test_a_signal_saves_in_mid_epoch_and_says_what_goes_on(folder, whole, by, code, word):
     name = f"signal{int(by)}"
