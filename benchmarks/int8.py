@@ -8,8 +8,8 @@
         --json benchmarks/int8.json
 
 The first word names the network in the file; other networks in it are kept. Asked are test images. "activations only"
-is the network whose weights stay float: as near as any better rounding of weights (AdaRound) could come. The flow "onnx"
-rounds as "xnnpack" does.
+is the network whose weights stay float: as near as any better rounding of weights (AdaRound) could come. The flow
+"onnx" rounds as "xnnpack" does.
 """
 
 import argparse

@@ -16,10 +16,16 @@ import pandas as pd
 import yaml
 from scipy.stats import spearmanr
 
+from benchmarks.matrix import FORMATS, QUANTIZERS
 from distill.report.jobs import over_seeds
 
 FOLDER = Path(__file__).parent
-PAGE, README = FOLDER.parent / "docs" / "results.md", FOLDER.parent / "README.md"
+DOCS, README = FOLDER.parent / "docs", FOLDER.parent / "README.md"
+PAGE = DOCS / "results.md"
+RUNTIMES = {  # report.json of the commands in docs/results.md
+    "ResNet-20, CIFAR-10 JPEGs": "runtimes-resnet20.json",
+    "MobileNetV2, clothing": "runtimes-mobilenet.json",
+}
 IMAGES = FOLDER.parent / "docs" / "own-data.md"
 SHOWN = ("teacher", "student alone", "student", "student-dynamic_int8.ptl", "student.ptl")  # of the default job
 METHODS = "tiny resnet8 5 methods"
@@ -115,6 +121,94 @@ def large(cases: dict) -> str:
     return "\n".join(lines)
 
 
+def runtimes(reports: dict[str, dict]) -> str:
+    """A student's files in all runtimes, each report one command."""
+    lines = [
+        "| file | top-1 % | as float student % | kB | of float | latency ms | × float | × eager |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for title, report in reports.items():
+        rows = report["rows"]
+        eager = next(row for row in rows if row["name"] == "student")
+        floats = {row["format"]: row for row in rows if Path(row["name"]).stem == "student" and row is not eager}
+        lines.append(f"| **{title}** | | | | | | | |")
+        for row in [eager, *sorted((row for row in rows if row["format"] in floats), key=_by_format)]:
+            lines.append("| " + " | ".join(_in_runtime(row, floats.get(row["format"]), eager)) + " |")
+    return "\n".join(lines)
+
+
+def _by_format(row: dict) -> tuple:
+    return row["format"], Path(row["name"]).stem != "student"
+
+
+def _in_runtime(row: dict, plain: dict | None, eager: dict) -> list[str]:
+    if row["latency_ms"] is None:  # not executed here
+        return [row["name"], "", "", f"{row['bytes'] / 1000:,.0f}", _ratio(row, plain, "bytes"), "", "", ""]
+    return [
+        row["name"],
+        f"{100 * row['top1']:.2f} ±{100 * row['top1_error']:.2f}",
+        f"{100 * row['student_agreement']:.1f}",
+        f"{row['bytes'] / 1000:,.0f}",
+        _ratio(row, plain, "bytes"),
+        f"{row['latency_ms']:.2f}",
+        _ratio(plain, row, "latency_ms", ".1f") if plain else "",
+        _ratio(eager, row, "latency_ms", ".1f"),
+    ]
+
+
+def _ratio(row: dict, other: dict | None, key: str, spec: str = ".2f") -> str:
+    return "" if other is None else format(row[key] / other[key], spec)
+
+
+def int8(found: dict) -> str:
+    """What static int8 keeps of trained networks."""
+    kinds = {"plain": "rounded", "corrected": "biases corrected", "activations only": "float weights"}
+    lines = [
+        "| network | test images | flow | " + " | ".join(f"{kind}: same class %, dB" for kind in kinds.values()) + " |",
+        "| --- | ---: | --- | " + " | ".join("---:" for _ in kinds) + " |",
+    ]
+    for name, network in found.items():
+        for flow in dict.fromkeys(row["flow"] for row in network["rows"]):
+            rows = {row["kind"]: row for row in network["rows"] if row["flow"] == flow}
+            cells = [
+                f"{100 * row['agreement']:.1f}, {row['snr_db']:.1f}" if (row := rows.get(kind)) else ""
+                for kind in kinds
+            ]
+            lines.append("| " + " | ".join([name, f"{network['images']:,}", flow, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def matrix(cells: list[dict]) -> str:
+    """Network by format by quantizer; reasons stand below."""
+    place = {(each["network"], each["quantizer"], each["format"]): each for each in cells}
+    formats = [each for flow in FORMATS.values() for each in flow]
+    notes: dict[str, int] = {}
+    lines = [
+        "| network | | " + " | ".join(formats) + " |",
+        "| --- | --- | " + " | ".join("---:" for _ in formats) + " |",
+    ]
+    for name in dict.fromkeys(each["network"] for each in cells):
+        for quantizer in QUANTIZERS:
+            told = [
+                _cell(place.get((name, quantizer, each)), place.get((name, "float", each)), notes) for each in formats
+            ]
+            lines.append("| " + " | ".join([name, quantizer, *told]) + " |")
+    reasons = [f"{number}. {reason}" for reason, number in notes.items()]
+    return "\n".join([*lines, "", *reasons])
+
+
+def _cell(cell: dict | None, plain: dict | None, notes: dict[str, int]) -> str:
+    if cell is None:
+        return "not tried"
+    reason = cell.get("refused") or "; ".join(cell.get("failures", ()))
+    if reason:
+        number = notes.setdefault(reason, len(notes) + 1)
+        return f"{'refused' if 'refused' in cell else 'fails'} ({number})"
+    if cell is plain or plain is None or "bytes" not in plain:
+        return f"{cell['bytes'] / 1000:,.0f} kB"
+    return f"{cell['bytes'] / plain['bytes']:.2f}"
+
+
 def score(row: dict) -> str:
     deviation = row.get("standard deviation")
     return f"{100 * row['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
@@ -142,12 +236,20 @@ def pages() -> dict[Path, str]:
     """The pages with their tables as the files have them."""
     found = read("gain.json")["found"]
     settings = yaml.safe_load((FOLDER / "gain.yaml").read_text(encoding="utf-8"))["settings"]
-    results = PAGE.read_text(encoding="utf-8")
-    for make in (gain, methods):
-        results = placed(results, make.__name__, make(found, settings))
-    readme = placed(README.read_text(encoding="utf-8"), "digits", digits(read("digits.json")))
-    images = placed(IMAGES.read_text(encoding="utf-8"), "large", large(read("large.json")["cases"]))
-    return {PAGE: results, README: readme, IMAGES: images}
+    tables = {
+        PAGE: {"gain": gain(found, settings), "methods": methods(found, settings)},
+        README: {"digits": digits(read("digits.json"))},
+        DOCS / "compression.md": {"int8": int8(read("int8.json")["found"])},
+        DOCS / "matrix.md": {"matrix": matrix(read("matrix.json")["cells"])},
+    }
+    tables[PAGE]["runtimes"] = runtimes({title: read(name) for title, name in RUNTIMES.items()})
+    made = {}
+    for page, several in tables.items():
+        text = page.read_text(encoding="utf-8")
+        for mark, table in several.items():
+            text = placed(text, mark, table)
+        made[page] = text
+    return made
 
 
 if __name__ == "__main__":
