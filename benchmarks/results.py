@@ -20,7 +20,7 @@ from distill.report.jobs import over_seeds
 
 FOLDER = Path(__file__).parent
 PAGE, README = FOLDER.parent / "docs" / "results.md", FOLDER.parent / "README.md"
-IMAGES = FOLDER.parent / "docs" / "own-data.md"
+IMAGES, SWEEPS = FOLDER.parent / "docs" / "own-data.md", FOLDER.parent / "docs" / "sweeps.md"
 SHOWN = ("teacher", "student alone", "student", "student-dynamic_int8.ptl", "student.ptl")  # of the default job
 METHODS = "tiny resnet8 5 methods"
 
@@ -115,6 +115,23 @@ def large(cases: dict) -> str:
     return "\n".join(lines)
 
 
+def overhead(found: dict) -> str:
+    """Seconds of a sweep's jobs by part, from overhead.json."""
+    parts = ("rehearsal", "training", "export", "report", "latency", "pages", "job")
+    lines = [
+        "| processor seconds | first step | " + " | ".join(parts[:-1]) + " | whole later job |",
+        "| --- |" + " ---: |" * (len(parts) + 1),
+    ]
+    for name, jobs in found["seconds"].items():
+        first = jobs["first job"]["first step, since the command began"]
+        each = [first, *(jobs["a later job"][part] for part in parts)]
+        cells = [f"{seconds['processor']:.1f}" for seconds in each]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    same = "the same" if found["side_by_side"]["same losses"] else "not the same"
+    told = f"Jobs side by side (`hydra/launcher=processes`) log losses that are {same} to the last digit."
+    return "\n".join([*lines, "", told])
+
+
 def score(row: dict) -> str:
     deviation = row.get("standard deviation")
     return f"{100 * row['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
@@ -147,7 +164,8 @@ def pages() -> dict[Path, str]:
         results = placed(results, make.__name__, make(found, settings))
     readme = placed(README.read_text(encoding="utf-8"), "digits", digits(read("digits.json")))
     images = placed(IMAGES.read_text(encoding="utf-8"), "large", large(read("large.json")["cases"]))
-    return {PAGE: results, README: readme, IMAGES: images}
+    sweeps = placed(SWEEPS.read_text(encoding="utf-8"), "overhead", overhead(read("overhead.json")))
+    return {PAGE: results, README: readme, IMAGES: images, SWEEPS: sweeps}
 
 
 if __name__ == "__main__":
