@@ -26,7 +26,6 @@ RUNTIMES = {  # report.json of the commands in docs/results.md
     "ResNet-20, CIFAR-10 JPEGs": "runtimes-resnet20.json",
     "MobileNetV2, clothing": "runtimes-mobilenet.json",
 }
-IMAGES = FOLDER.parent / "docs" / "own-data.md"
 SHOWN = ("teacher", "student alone", "student", "student-dynamic_int8.ptl", "student.ptl")  # of the default job
 METHODS = "tiny resnet8 5 methods"
 
@@ -209,6 +208,23 @@ def _cell(cell: dict | None, plain: dict | None, notes: dict[str, int]) -> str:
     return f"{cell['bytes'] / plain['bytes']:.2f}"
 
 
+def overhead(found: dict) -> str:
+    """Seconds of a sweep's jobs by part, from overhead.json."""
+    parts = ("rehearsal", "training", "export", "report", "latency", "pages", "job")
+    lines = [
+        "| processor seconds | first step | " + " | ".join(parts[:-1]) + " | whole later job |",
+        "| --- |" + " ---: |" * (len(parts) + 1),
+    ]
+    for name, jobs in found["seconds"].items():
+        first = jobs["first job"]["first step, since the command began"]
+        each = [first, *(jobs["a later job"][part] for part in parts)]
+        cells = [f"{seconds['processor']:.1f}" for seconds in each]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    same = "the same" if found["side_by_side"]["same losses"] else "not the same"
+    told = f"Jobs side by side (`hydra/launcher=processes`) log losses that are {same} to the last digit."
+    return "\n".join([*lines, "", told])
+
+
 def score(row: dict) -> str:
     deviation = row.get("standard deviation")
     return f"{100 * row['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
@@ -241,6 +257,8 @@ def pages() -> dict[Path, str]:
         README: {"digits": digits(read("digits.json"))},
         DOCS / "compression.md": {"int8": int8(read("int8.json")["found"])},
         DOCS / "matrix.md": {"matrix": matrix(read("matrix.json")["cells"])},
+        DOCS / "own-data.md": {"large": large(read("large.json")["cases"])},
+        DOCS / "sweeps.md": {"overhead": overhead(read("overhead.json"))},
     }
     tables[PAGE]["runtimes"] = runtimes({title: read(name) for title, name in RUNTIMES.items()})
     made = {}
