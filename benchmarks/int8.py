@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.epochs import compose, first
+from benchmarks.epochs import compose
 from benchmarks.paired import record
 from distill.cli import build
 from distill.compress import bias, flows
@@ -78,8 +78,9 @@ def main() -> None:
     data = build.data(cfg.data)
     net = build_network(cfg.student, options.classes or data.num_classes, data.image_size, 0).plain()
     batches = calibration(data, options.calibration, "--calibration")
-    test = first(data.test, min(options.images, len(data.test)))
-    shown = [test[rows, 0] for rows in torch.arange(len(test)).split(50)]
+    count = min(options.images, len(data.test))
+    rows = torch.arange(count) * (len(data.test) // count)  # over the classes: every n-th
+    shown = [data.test[part, 0] for part in rows.split(50)]
     images, labels = [batch.images for batch in shown], torch.cat([batch.labels for batch in shown])
     wanted = ask(net, images)
     known = options.classes in (None, data.num_classes)
@@ -97,7 +98,7 @@ def main() -> None:
     kept = json.loads(options.json.read_text())["found"] if options.json and options.json.exists() else {}
     kept[options.name] = {
         "words": options.words,
-        "images": len(test),
+        "images": count,
         "calibration": len(torch.cat(batches)),
         "rows": found,
     }
