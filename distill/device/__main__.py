@@ -1,6 +1,7 @@
 """python -m distill.device FOLDER: latency and memory of a run's .tflite and .pte files on a phone, into its report."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def main(words: list[str]) -> int:
         failures = _measured(asked.folder, asked.serial, asked.benchmark)
     except UserError as error:
         failures = [str(error)]
+    except KeyboardInterrupt:
+        failures = ["ended before all was measured; nothing is left on the phone, nothing was written"]
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failures else 0
@@ -52,4 +55,5 @@ def _measured(folder: Path, serial: str | None, programs: list[Path]) -> list[st
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors=PLAINLY)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is on the phone is removed
     sys.exit(main(sys.argv[1:]))

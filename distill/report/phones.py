@@ -39,7 +39,7 @@ class Timing:
         texts = (self.file, self.digest, self.tool)
         numbers = [value for value in asdict(self).values() if value not in texts]
         fine = all(value is None or (isinstance(value, (int, float)) and math.isfinite(value)) for value in numbers)
-        if not fine or not all(isinstance(each, str) for each in texts) or self.mean_ms is None:
+        if not fine or not all(isinstance(each, str) for each in texts) or None in (self.mean_ms, self.runs):
             raise ValueError("no timing")
 
     @property

@@ -290,6 +290,33 @@ def test_a_program_that_hangs_is_ended(fake, run, programs, capsys, monkeypatch)
         assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
 
 
+def test_interrupted_nothing_stays_on_the_phone(fake, run, programs, capsys, monkeypatch):
+    def interrupted(*given):
+        assert list((fake / "tmp").iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tools, "run", interrupted)
+    assert device(run, "--benchmark", programs[0]) == 1
+    assert capsys.readouterr().err.startswith("error: ended before all was measured")
+    assert not list((fake / "tmp").iterdir()) and not (run / "device.json").exists()
+
+
+@pytest.mark.matrix
+def test_ended_midway_nothing_stays_on_the_phone(fake, run, programs):
+    script(programs[0], f"#!/bin/sh\necho $$ >> {fake}/pids\nexec sleep 3\n")
+    words = [sys.executable, "-m", "distill.device", str(run), "--benchmark", str(programs[0])]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not (fake / "pids").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert (
+        process.returncode == 1 and error.startswith("error: ended before all was measured") and error.count("\n") == 1
+    )
+    assert not list((fake / "tmp").iterdir()) and not (run / "device.json").exists()
+
+
 def test_a_phone_that_is_unplugged_midway(fake, run, programs, capsys):
     script(programs[1], EXECUTORCH + 'touch "$FAKE/dead"\n')
     script(programs[0], LITERT)
@@ -332,8 +359,9 @@ def test_a_damaged_record_is_left_out(run, capsys):
         (run / "device.json").write_text(text)
         assert phones.read(run) == [] and "device.json is left out" in capsys.readouterr().out
     timing = phones.Timing("a", "b", "c", 5, 1.0)
-    with pytest.raises(ValueError, match="no timing"):
-        replace(timing, mean_ms=float("inf"))
+    for wrong in ({"mean_ms": float("inf")}, {"runs": None}, {"tool": 3}):
+        with pytest.raises(ValueError, match="no timing"):
+            replace(timing, **wrong)
 
 
 def test_help_is_there_at_once():

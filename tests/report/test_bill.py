@@ -15,6 +15,7 @@ from distill.compress import compress
 from distill.compress.static_int8 import static_int8
 from distill.data.base import from_arrays
 from distill.export import torchscript
+from distill.files import digest
 from distill.report import bill, evaluate, layers, page, run_page
 from distill.report.bill import KERNELS, SHOWN, STUDENT, TEACHER, Change
 from distill.report.tables import Row
@@ -299,7 +300,9 @@ def test_a_run_s_files_are_asked_at_every_step(net, data, tmp_path, tolerance, m
     files, _ = exporting.export(nets, exporters, tmp_path, data, {})
     files = {key: [file for file in several if file.path.suffix == ".pt"] for key, several in files.items()}
     files["student"] = [replace(files["student"][0], elsewhere="macOS only")]
-    *_, labels, ways = evaluate.evaluate({"student": Plain(net)}, nets, files, data, tolerance, {name: made})
+    rows, *_, labels, ways = evaluate.evaluate({"student": Plain(net)}, nets, files, data, tolerance, {name: made})
+    written = {file.path.name: digest(file.path) for several in files.values() for file in several}
+    assert {row.name: row.digest for row in rows if row.format != "eager"} == written
     assert [station for station, _ in ways[f"{name}.pt"]] == [STUDENT, "half", "static_int8", KERNELS]
     assert [station for station, _ in ways["student.pt"]] == [STUDENT]  # not executed here
     files[name] = [replace(files[name][0], elsewhere="macOS only")]
