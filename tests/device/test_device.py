@@ -180,14 +180,16 @@ def test_programs_that_lie_on_the_phone_are_used_and_stay(fake, run, programs):
 
 
 def test_the_budget_is_the_phone_s(fake, run, programs, capsys):
-    write_yaml(
-        run / "config.yaml", "{budget: {latency_ms: 6}, data: {a: 1}, teacher: {a: 1}, student: {a: 1}, loss: {a: 1}}"
-    )
+    rest = "data: {a: 1}, teacher: {a: 1}, student: {a: 1}, loss: {a: 1}"
     (run / "run.json").write_text(json.dumps({"overrides": [], "choices": {}}))
+    write_yaml(run / "config.yaml", f"{{budget: {{latency_ms: 6}}, {rest}}}")
     assert device(run, "--benchmark", *programs) == 1
     error = capsys.readouterr().err
     assert error == "error: student-static_int8.pte: 8.000 ms on the phone, over the budget of 6\n"
     assert {*found(run)} == {*FILES}
+    for limit, code in ((6, 0), (5, 1)):  # where one file is enough
+        write_yaml(run / "config.yaml", f"{{budget: {{latency_ms: {limit}, files: one}}, {rest}}}")
+        assert device(run, "--benchmark", *programs) == code
 
 
 # What may be wrong
