@@ -83,6 +83,8 @@ def _choice(file: Path, group: str) -> Choice:
     options = [*(_chosen(node.get("defaults", ()), group) if words else ()), *_options(node, key, "", _comments(text))]
     if words and about[1].startswith("python"):
         about[1] += ":"  # the command to copy
+    if group == "sweep":  # words of a command line, or W&B's: no options
+        options = []
     return Choice(file.stem, " ".join(" ".join(about[words:]).split()), options, words)
 
 
