@@ -95,14 +95,19 @@ def prepare(
         UserError: a name in `skip` that is no module's, or a network whose graph can't be captured or that answers the
             same images differently each time.
     """
-    for option, value, choices in (("flow", flow, FLOWS), ("observer", observer, OBSERVERS)):
-        if value not in choices:
-            raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
+    known(flow, observer)
     skip = paths(net, skip)
     net = apart(copy.deepcopy(net).eval())
     with quiet(), _capturing(net, flow):
         _refuse_random(net, example)
         return (_prepare_fx if flow == "fx" else _prepare_pt2e)(net, example, flow, qat, skip, observer)
+
+
+def known(flow: str, observer: str) -> None:
+    """Raises UsageError for an unknown flow or observer."""
+    for option, value, choices in (("flow", flow, FLOWS), ("observer", observer, OBSERVERS)):
+        if value not in choices:
+            raise UsageError(f"{option}={value} is unknown: choose one of {', '.join(choices)}")
 
 
 def calibrate(prepared: nn.Module, batches: Sequence[Tensor], seed: int) -> None:

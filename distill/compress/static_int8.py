@@ -63,6 +63,7 @@ def attempt(
 def _quantized(
     net: nn.Module, batches: list[Tensor], flow: str, observer: str, skip: Sequence[str], bias_correction: bool
 ) -> nn.Module:
+    flows.known(flow, observer)
     if bias_correction:
         net = bias.correct(net, batches, flows.layers(net, flow, skip), partial(flows.rounded, flow=flow))
     prepared = flows.prepare(net, batches[0][:2], flow, skip=skip, observer=observer)
