@@ -231,7 +231,7 @@ def _layers(small: nn.Module) -> dict[str, Layer]:
             weight = module.weight()
             per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
             step = weight.q_per_channel_scales() if per_channel else torch.full((len(weight),), weight.q_scale())
-            between = (torch.relu,) if "ReLU" in kind else ()
+            between = (torch.relu,) if "ReLU" in kind else _clamp_behind(small, path)
             whole = weight.dequantize()
             found[path] = Layer(whole, _beside(step, whole), module.bias(), module, between)
     for node in small.graph.nodes if isinstance(small, fx.GraphModule) else ():
@@ -243,6 +243,17 @@ def _layers(small: nn.Module) -> dict[str, Layer]:
             weight = whole.float() * _beside(scale, whole)
             found[module_of(node)[0]] = Layer(weight, _beside(scale, whole), bias, source, between)
     return found
+
+
+def _clamp_behind(small: nn.Module, path: str) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """The ReLU6 behind a module of torch.ao's, which is rounded in the range that is left."""
+    nodes = small.graph.nodes if isinstance(small, fx.GraphModule) else ()
+    for user in (user for node in nodes if node.target == path for user in node.users):
+        if user.op == "call_module" and isinstance(clamp := small.get_submodule(user.target), nn.Hardtanh):
+            return (lambda value: clamp(value.clone()),)
+        if user.target in flows.CLAMPS:
+            return (lambda value, node=user: node.target(value.clone(), *node.args[1:], **node.kwargs),)
+    return ()
 
 
 def _beside(scale: Tensor, weight: Tensor) -> Tensor:
