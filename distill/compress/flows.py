@@ -220,8 +220,9 @@ def rounded(weight: Tensor, flow: str) -> Tensor:
     """The numbers that the int8 of weights (O, …) stands for in `flow`; a batch norm's scale, which goes into them,
     makes no difference to how they are rounded."""
     most = WEIGHTS[flow]
-    scale = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / most  # (O,)
-    return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale).int(), 0, -most, most)
+    scale = weight.float().abs().flatten(1).amax(1).clamp(min=1e-12) / most  # (O,)
+    zero = torch.zeros_like(scale).int()
+    return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -most, most).to(weight.dtype)
 
 
 def apart(net: nn.Module) -> nn.Module:

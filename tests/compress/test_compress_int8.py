@@ -451,3 +451,13 @@ def test_for_x86_two_products_of_static_int8_fit_into_16_bits(qat):
     weights = [layer.weight().int_repr() for layer in small.modules() if callable(getattr(layer, "weight", None))]
     assert len(weights) == 4 and all(each.int().abs().max() == 63 for each in weights)
     assert 2 * 255 * 63 < 2**15
+
+
+def test_bias_correction_of_a_network_in_half_precision():
+    pixels = images(0)[0][:64].float() / 255
+    half = cast(network())
+    found = correct(half, [pixels], layers(half), lambda weight: flows.rounded(weight, "onnx"))
+    assert found is not half
+    for path in layers(half):
+        bias, before = found.get_submodule(path).bias, half.get_submodule(path).bias
+        assert bias.dtype == torch.float16 and (bias != (0 if before is None else before)).any()
