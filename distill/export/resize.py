@@ -75,7 +75,7 @@ def cuts(given: Mapping) -> list[Cut]:
 
 def before(net: nn.Module, cuts: list[Cut]) -> nn.Module:
     """images (N, C, h, w) of any size to logits (N, K)."""
-    return nn.Sequential(*cuts, net)
+    return nn.Sequential(*cuts, net).eval()
 
 
 def shown(net: nn.Module, example: Tensor, cuts: list[Cut]) -> tuple[nn.Module, Tensor]:
@@ -121,8 +121,8 @@ _CUT = """
   sides{m} = Where (same{n}, part{n}, grown{n})
   planes{n} = Shape <end = 2> (whole{n})
   sizes{n} = Concat <axis = 0> (planes{n}, sides{m})
-  whole{m} = Resize <antialias = 1, mode = "linear", coordinate_transformation_mode = "half_pixel">
-    (middle{n}, "", "", sizes{n})
+  whole{m} = Resize <antialias = 1, exclude_outside = 1, mode = "linear",
+    coordinate_transformation_mode = "half_pixel"> (middle{n}, "", "", sizes{n})
   size{n} = Constant <value_ints = [{height}, {width}]> ()
   part{m} = Min (sides{m}, size{n})
 {middle}

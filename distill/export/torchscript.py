@@ -46,6 +46,8 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict, *, resiz
     script_file, lite_file = _artifacts(stem)
     with _no_deprecations(), torch.no_grad():
         traced, kinds, note = _trace(net, example), stored(net), ""
+        if steps:
+            traced = torch.jit.script(before(traced, steps))
         # freezing would write weights that are only stored in int8 out as float
         script = traced if "weight-only int8" in kinds else torch.jit.freeze(traced)
         # and a frozen lite file holds twice those that are packed to compute in int8
@@ -55,8 +57,6 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict, *, resiz
                 lite = optimize_for_mobile(traced)
             else:
                 note = "not optimised for mobile: this build of PyTorch has no XNNPACK"
-        if steps:
-            script, lite = (torch.jit.script(before(module, steps)) for module in (script, lite))
         buffer = io.BytesIO()
         torch.jit.save(script, buffer, _extra_files=extra)
         publish(script_file, buffer.getvalue(), *shown(net, example, steps))
