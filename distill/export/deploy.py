@@ -25,7 +25,8 @@ def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[st
     bad = {path for path, _ in every if any(line.startswith(f"{path.name}: ") for line in failures)}
     good = {path for path, _ in every} - bad
     height, width = sides(data.image_size)
-    covered = data.test.transform.covered(data.image_size) if data.test.transform else (height, width)
+    covering = getattr(data.test.transform, "covered", sides)  # without: as in distill/data/prepare.py
+    covered = covering(data.image_size)
     resized = f"its short side is resized to {covered[0]} px" if height == width else RESIZED.format(*covered)
     measured = {row.name: row for row in rows}
     listed = "\n".join(_line(measured[path.name], path, path in bad) for path, _ in every)

@@ -237,3 +237,5 @@ def test_what_a_users_own_code_does_to_images_is_refused(data, nets, tmp_path):
     assert not list(tmp_path.iterdir())
     exporters = {"onnx": onnx.export}
     assert exporting.refuse_resize(exporters, own) is None
+    deploy.write_readme([], own, tmp_path)
+    assert "its short side is resized to 16 px" in (tmp_path / "README.md").read_text()
