@@ -98,9 +98,9 @@ def written(
     made.model.metadata_props.clear()
     made.model.metadata_props[METADATA] = described
     made = made.model_proto
+    del made.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
     if cuts:
         put_before(made, cuts)
-    del made.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
     return made.SerializeToString(), places
 
 

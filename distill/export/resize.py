@@ -127,14 +127,16 @@ _CUT = """
   part{m} = Min (sides{m}, size{n})
 {middle}
 """
-# the last shape: the batch as it is, and sizes that every runtime then knows
+# the last shape is the input's batch and known sizes: runtimes fuse what they know the shapes of
 _GRAPH = """photo (float[batch, channels, h, w] images) => (float[batch, {channels}, {height}, {width}] {prepared}) {{
   axes = Constant <value_ints = [2, 3]> ()
   swap = Constant <value_ints = [1, 0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
 {cuts}
-  shape = Constant <value_ints = [0, {channels}, {height}, {width}]> ()
+  batch = Shape <end = 1> (images)
+  planes = Constant <value_ints = [{channels}, {height}, {width}]> ()
+  shape = Concat <axis = 0> (batch, planes)
   {prepared} = Reshape ({last}, shape)
 }}
 """
@@ -160,6 +162,7 @@ def put_before(model, cuts: list[Cut]) -> None:
     nodes = [*front.node, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    model.graph.value_info.add().CopyFrom(given)  # with the batch's name, without which not all layers are fused
     given.name = "images"
     for dim, name in zip(given.type.tensor_type.shape.dim[2:], ("height", "width"), strict=True):
         dim.dim_param = name

@@ -1,8 +1,10 @@
 """export.NAME.resize=true: the file makes of a photo of any size what the toolkit makes of it, before its network."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,20 +172,43 @@ def test_photos_in_every_batch_size_reach_the_network_as_prepared(exported, name
         torch.testing.assert_close(files[True][name].run(images), expected, rtol=1e-4, atol=bound)
 
 
-def test_onnx_runtime_fuses_the_int8_kernels_as_without(exported, tmp_path):
+class Gated(nn.Module):
+    """A block of MobileNetV3, which ONNX Runtime fuses where it knows that the shapes on both sides are the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wide, self.gate, self.narrow = (
+            nn.Conv2d(*channels, 1) for channels in ((3, 16), (16, 32), (32, 32), (32, 16))
+        )
+
+    def forward(self, images):
+        maps = self.first(images)
+        wide = self.wide(maps)
+        return (maps + self.narrow(wide * self.gate(wide.mean((2, 3), keepdim=True)).sigmoid())).mean((2, 3))
+
+
+def test_onnx_runtime_fuses_the_networks_layers_as_without(exported, tmp_path):
+    example, both = torch.rand(2, 3, SIZE, SIZE), (False, True)
+    int8 = [exported[1][flag]["student-int8.onnx"] for flag in both]
+    gated = [onnx.export(Gated().eval(), example, tmp_path / f"{flag}", {}, resize=flag)[0] for flag in both]
+    for pair in (int8, gated):
+        without, resizing = (operators(file, tmp_path / "optimized.onnx") for file in pair)
+        resizing["Add"] -= 4  # a cut's own
+        for kind in ("Add", "Conv", "Gemm", "QLinearConv", "QGemm"):
+            assert resizing[kind] == without[kind], kind
+        assert without["Conv"] + without["QLinearConv"] in (1, 4) and not without["Add"]
+
+
+def operators(file: Artifact, optimized: Path) -> Counter:
+    """How many of each kind ONNX Runtime makes of it."""
     import onnx as onnx_package
     import onnxruntime
 
-    found = []
-    for resizing in (False, True):
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-        options.log_severity_level = 3
-        path = exported[1][resizing]["student-int8.onnx"].path
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        kinds = [node.op_type for node in onnx_package.load(tmp_path / "optimized.onnx").graph.node]
-        found.append({kind: kinds.count(kind) for kind in ("QLinearConv", "QGemm", "Conv", "Gemm")})
-    assert found[0] == found[1] and found[0]["QLinearConv"] == 1
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(optimized)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx_package.load(optimized).graph.node)
 
 
 def test_the_file_says_that_it_resizes_and_the_readmes_programs_leave_it_to_it(exported, data, tmp_path):
