@@ -22,7 +22,7 @@ from distill.data.prepare import Preparation
 from distill.errors import UserError
 from distill.export import deploy, onnx, resize, torchscript
 from distill.report.tables import Row
-from distill.runtimes.artifact import Artifact
+from distill.runtimes.artifact import Artifact, describe
 
 SIZE, SHORT, CLASSES = 16, 19, 4
 EXPORTERS = {"onnx": onnx, "torchscript": torchscript}
@@ -44,9 +44,25 @@ class Pixels(nn.Module):
         return images.flatten(1) * 255
 
 
-def pixels_of(module, folder, size, said: dict) -> list[Artifact]:
+def pixels_of(name: str, folder: Path, kind: str) -> list[Artifact]:
+    """Files that answer with the pixels that they make of a photo, in levels of 255; of ONNX without torch.onnx."""
+    size, _, said = SETS[kind]
     example = torch.rand(2, 3, *((size, size) if isinstance(size, int) else size))
-    return module.export(Pixels().eval(), example, folder / "net", {"input": said}, resize=True)
+    if name == "torchscript":
+        return torchscript.export(Pixels().eval(), example, folder / "net", {"input": said}, resize=True)
+    height, width = example.shape[2:]
+    model = parse_model(
+        f"""<ir_version: 10, opset_import: ["": 18]>
+        pixels (float[batch, 3, {height}, {width}] {resize.PREPARED}) => (float[batch, n] logits) {{
+            full = Constant <value_float = 255.0> ()
+            levels = Mul ({resize.PREPARED}, full)
+            logits = Flatten (levels)
+        }}"""
+    )
+    described = resize.described_with(describe(example, {"input": said}), True)
+    resize.put_before(model, resize.cuts(described["input"]))
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    return onnx.reload(folder / "net")
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -65,9 +81,9 @@ def furthest(file: Artifact, prepared: Preparation, images: list[np.ndarray]) ->
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_a_file_makes_of_every_photo_what_the_toolkit_makes_of_it(tmp_path, name, kind):
     """But for the toolkit's rounding to whole levels, once for each side of each resize."""
-    size, prepared, metadata = SETS[kind]
     images = [noise(*shape) for shape in SHAPES] + [read(photo) for photo in photos(tmp_path)]
-    for file in pixels_of(EXPORTERS[name], tmp_path, size, metadata):
+    _, prepared, _ = SETS[kind]
+    for file in pixels_of(name, tmp_path, kind):
         assert furthest(file, prepared, images) <= (2.2 if prepared.pack else 1.1), file.path.name
 
 
@@ -85,31 +101,17 @@ MUTANTS = [
 @pytest.mark.parametrize(("kind", "part", "right", "wrong"), MUTANTS)
 def test_what_is_wrong_by_a_pixel_would_be_seen(tmp_path, monkeypatch, kind, part, right, wrong):
     """Not antialiased, borders repeated, out of place by one, out of shape, one side taken for both …"""
-    _, prepared, metadata = SETS[kind]
-    assert right in getattr(resize, part)
-    far = []
-    for _ in range(2):  # as it is, and changed
-        model = parse_model(
-            f"""<ir_version: 10, opset_import: ["": 18]>
-            pixels (float[batch, 3, {SIZE}, {SIZE}] {resize.PREPARED}) => (float[batch, n] logits) {{
-                full = Constant <value_float = 255.0> ()
-                levels = Mul ({resize.PREPARED}, full)
-                logits = Flatten (levels)
-            }}"""
-        )
-        given = {"height": SIZE, "width": SIZE, "short_side": SIZE, **metadata, "resize": True}
-        resize.put_before(model, resize.cuts(given))
-        (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
-        (file,) = onnx.reload(tmp_path / "net")
-        far.append(furthest(file, prepared, [noise(*shape) for shape in SHAPES]))
-        monkeypatch.setattr(resize, part, getattr(resize, part).replace(right, wrong))
-    assert far[0] <= 1.1 and far[1] > 3
+    _, prepared, _ = SETS[kind]
+    images, text = [noise(*shape) for shape in SHAPES], getattr(resize, part)
+    assert right in text and furthest(*pixels_of("onnx", tmp_path, kind), prepared, images) <= 1.1
+    monkeypatch.setattr(resize, part, text.replace(right, wrong))
+    assert furthest(*pixels_of("onnx", tmp_path, kind), prepared, images) > 3
 
 
 def test_a_file_that_resizes_otherwise_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(resize, "_CUT", resize._CUT.replace("half_pixel", "asymmetric"))
     with pytest.raises(UserError, match=r"net.onnx is not kept: .*otherwise than the network"):
-        pixels_of(onnx, tmp_path, SIZE, {"short_side": SHORT})
+        onnx.export(Pixels().eval(), torch.rand(2, 3, SIZE, SIZE), tmp_path / "net", {}, resize=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -226,7 +228,6 @@ def test_the_file_says_that_it_resizes_and_the_readmes_programs_leave_it_to_it(e
     shown = photos(tmp_path)
     for title, name in {
         "ONNX Runtime": "onnx",
-        "TorchScript (libtorch, Python)": "torchscript",
         "PyTorch Mobile's lite interpreter": "lite",
     }.items():
         program_text = program(folder, title)
