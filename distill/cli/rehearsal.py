@@ -98,6 +98,8 @@ def rehearse(cfg: DictConfig, data: Data, folder: Path) -> tuple[Tried, list[Wri
     if not leads():
         return None
     missing(cfg)
+    if "export" in cfg.stages:
+        export.refuse_resize(build.steps(cfg.export), data)
     for line in ill_prepared(cfg, data):
         say(f"  {line}")
     with contextlib.redirect_stdout(io.StringIO()):

@@ -19,6 +19,7 @@ from distill.called import called_as
 from distill.errors import UsageError, UserError
 from distill.own import place_in, place_of, prefixed
 from distill.runtimes.artifact import Artifact
+from distill.types import sides
 
 if TYPE_CHECKING:  # a file's own process (serve.py) loads nothing of the data
     from distill.data.base import Data
@@ -56,7 +57,11 @@ def export(
 
     Returns:
         The files by network, and one line for each failure.
+
+    Raises:
+        UserError: see `refuse_resize`.
     """
+    refuse_resize(exporters, data)
     rows = torch.arange(2) % len(data.val)
     example = data.val[rows, 0].images
     metadata = {"classes": data.classes, "input": preparation(data), **metadata}
@@ -136,13 +141,30 @@ def reload(nets: Nets, reloaders: Mapping[str, Callable], folder: Path) -> dict[
 def preparation(data: Data) -> dict:
     """How an image is resized before its middle is cut out, as the test images were.
 
-    {"short_side": px} for squares, else {"covered": [height, width]}: the smallest that covers them.
+    {"short_side": px} for squares, else {"covered": [height, width]}: the smallest that covers them; of packed images
+    also {"pack": [height, width]}, to which they are brought first.
     """
-    covered = getattr(data.test.transform, "covered", None)
+    from distill.data.prepare import preparation  # not what a file's own process loads
+
+    covered, pack = getattr(data.test.transform, "covered", None), preparation(data).pack
     if covered is None:
         return {}
     height, width = covered(data.image_size)
-    return {"short_side": height} if isinstance(data.image_size, int) else {"covered": [height, width]}
+    described = {"short_side": height} if isinstance(data.image_size, int) else {"covered": [height, width]}
+    return described if pack is None else {**described, "pack": [*sides(pack)]}
+
+
+def refuse_resize(exporters: Mapping[str, Callable], data: Data) -> None:
+    """Raises UserError where files are to resize (export.NAME.resize=true) as only a user's own code does."""
+    transform = data.test.transform
+    if transform is None or hasattr(transform, "covered"):
+        return
+    for name, exporter in exporters.items():
+        if getattr(exporter, "keywords", {}).get("resize"):
+            raise UserError(
+                f"export.{name}.resize=true: the test images of this set are prepared by {type(transform).__name__}, "
+                "which a file can't hold: files can resize a short side and cut out the middle"
+            )
 
 
 called_as(sys.modules[__name__], "distill.api.model:export")  # distill.export(student, …), from Python

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.base import Data
+from distill.errors import UserError
+from distill.export import onnx, openvino, torchscript
 from distill.files import size
 from distill.runtimes.artifact import write
 from distill.types import sides
@@ -23,27 +25,49 @@ def write_readme(rows: Sequence, data: Data, folder: Path, failures: Sequence[st
     bad = {path for path, _ in every if any(line.startswith(f"{path.name}: ") for line in failures)}
     good = {path for path, _ in every} - bad
     height, width = sides(data.image_size)
-    covered = data.test.transform.covered(data.image_size) if data.test.transform else (height, width)
+    covering = getattr(data.test.transform, "covered", sides)  # without: as in distill/data/prepare.py
+    covered = covering(data.image_size)
     resized = f"its short side is resized to {covered[0]} px" if height == width else RESIZED.format(*covered)
     measured = {row.name: row for row in rows}
     listed = "\n".join(_line(measured[path.name], path, path in bad) for path, _ in every)
     chosen = "\n".join(f"- {line}" for line in _when([row for row in rows if folder / row.name in good]))
-    parts = [
-        INTRO.format(files=listed, chosen=chosen, classes=data.num_classes, height=height, width=width, resized=resized)
-    ]
     shipping = [(path, format) for path, format in every if path not in bad]
+    resizing = {path for path, format in shipping if _resizes(path, format)}
+    names = ", ".join(path.name for path in sorted(resizing))
+    whole = WHOLE_FILES.format(names=names, height=height, width=width) if resizing else ""
+    said = {"classes": data.num_classes, "height": height, "width": width, "resized": resized, "whole": whole}
+    parts = [INTRO.format(files=listed, chosen=chosen, **said)]
     formats = [name for name in SECTIONS if name in {format for _, format in shipping}]
-    if set(formats) - {"torch_export"}:
+    smallest = {name: min((path for path, format in shipping if format == name), key=size) for name in formats}
+    shown = [path for name, path in smallest.items() if name != "torch_export"]
+    if set(shown) - resizing:
         parts.append(PIXELS)
-    for name in formats:
-        smallest = min((path for path, format in shipping if format == name), key=size)
-        section = SECTIONS[name].replace("PREPARE\n", PREPARE).replace("ANSWER\n", ANSWER)
-        parts.append(section.replace("FILE", smallest.name))
+    if set(shown) & resizing:
+        parts.append(PLANES)
+    for name, path in smallest.items():
+        parts.append(_section(SECTIONS[name], path in resizing).replace("FILE", path.name))
     text = "\n".join(parts)
     for name, value in {"HEIGHT": height, "WIDTH": width, "HIGH": covered[0], "WIDE": covered[1]}.items():
         text = text.replace(name, str(value))
     write(folder / "classes.txt", "".join(f"{name}\n" for name in data.classes).encode())
     write(folder / "README.md", text.encode())
+
+
+def _section(text: str, resizes: bool) -> str:
+    """A format's programs, for a file that takes prepared photos, or any."""
+    if resizes:
+        for given, instead in ANY_SIZE.items():
+            text = text.replace(given, instead)
+    prepare = [UPRIGHT, WHOLE if resizes else CROP, CLASSES]
+    return text.replace("PREPARE\n", "".join(prepare)).replace("ANSWER\n", ANSWER)
+
+
+def _resizes(path: Path, format: str) -> bool:
+    """Whether a file takes photos of any size, as it says itself."""
+    try:
+        return format in DESCRIBED and bool(DESCRIBED[format](path)["input"].get("resize"))
+    except UserError:  # nothing can be read of it, as the report says
+        return False
 
 
 def _line(row, path: Path, failed: bool) -> str:
@@ -74,6 +98,13 @@ def _when(rows: Sequence) -> list[str]:
     return lines
 
 
+DESCRIBED = {  # how a file of the formats that can resize is asked what it takes
+    "onnx": onnx.read_metadata,
+    "openvino": openvino.read_metadata,
+    "torchscript": torchscript.read_metadata,
+    "lite": torchscript.read_metadata,
+}
+
 WHEN = {
     "litert": "apps for Android and iOS that use LiteRT",
     "coreml": "apps for iPhone, iPad and Mac",
@@ -85,6 +116,9 @@ WHEN = {
     "torch_export": "PyTorch itself, and compilers that start from its graph",
 }
 
+WHOLE_FILES = """These take upright photos of any height and width and do the rest themselves, but take one of exactly
+{height} × {width} px as it is: {names}.
+"""
 RESIZED = "it is resized, in its shape, to the smallest that covers {} × {} px (height × width)"
 INTRO = """# Running these files
 
@@ -100,13 +134,13 @@ Input: `images`, float32 (N, 3, {height}, {width}): RGB in planes (NCHW), values
 A photo is turned upright (EXIF), what is transparent in it is seen on white,
 {resized} (bilinear, antialiased),
 then its middle {height} × {width} px are cut out.
-Output: logits (N, {classes}), one for each line of `classes.txt`; the programs make probabilities of them.
+{whole}Output: logits (N, {classes}), one for each line of `classes.txt`; the programs make probabilities of them.
 Each file also holds its input's description and the class names as JSON.
 
 The Python programs take a photo: `python program.py photo.jpg`, in this folder; they print its class and probability.
 """
 
-PREPARE = """import sys
+UPRIGHT = """import sys
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -117,13 +151,18 @@ if image.mode.startswith("I"):  # 16 bits
 if image.has_transparency_data:
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 image = image.convert("RGB")
-width, height = image.size
+"""
+CROP = """width, height = image.size
 length, own = (HIGH, height) if height * WIDE <= width * HIGH else (WIDE, width)  # the side that must grow more
 image = image.resize([int(length * side / own) for side in image.size], Image.Resampling.BILINEAR)
 left, top = round((image.width - WIDTH) / 2), round((image.height - HEIGHT) / 2)
 image = np.array(image.crop((left, top, left + WIDTH, top + HEIGHT)), dtype=np.float32)
 images = np.ascontiguousarray(image.transpose(2, 0, 1)[None] / 255)  # (1, 3, HEIGHT, WIDTH)
-classes = open("classes.txt", encoding="utf-8").read().splitlines()
+"""
+WHOLE = """image = np.array(image, dtype=np.float32)
+images = np.ascontiguousarray(image.transpose(2, 0, 1)[None] / 255)  # (1, 3, height, width): the file resizes
+"""
+CLASSES = """classes = open("classes.txt", encoding="utf-8").read().splitlines()
 """
 
 ANSWER = """odds = np.exp(logits - logits.max())
@@ -131,7 +170,37 @@ odds /= odds.sum()
 print(classes[odds.argmax()], f"{odds.max():.4f}")
 """
 
-PIXELS = """## Preparing a photo in an app
+_KOTLIN_DECODE = """    val image = ImageDecoder.decodeBitmap(ImageDecoder.createSource(photo)) { decoder, _, _ ->
+        decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE
+    }
+"""
+_KOTLIN_SOFTMAX = """fun softmax(logits: FloatArray): List<Float> {
+    val odds = logits.map { exp(it - logits.max()) }
+    return odds.map { it / odds.sum() }
+}
+"""
+_SWIFT_DECODE = """    let source = CGImageSourceCreateWithURL(photo as CFURL, nil)!
+    let upright: [CFString: Any] = [
+        kCGImageSourceCreateThumbnailFromImageAlways: true, kCGImageSourceCreateThumbnailWithTransform: true,
+        kCGImageSourceThumbnailMaxPixelSize: 1 << 20]
+    let image = CGImageSourceCreateThumbnailAtIndex(source, 0, upright as CFDictionary)!
+    let (width, height) = (image.width, image.height)
+    var rgba = [UInt8](repeating: 255, count: 4 * width * height)  // white
+    rgba.withUnsafeMutableBytes { bytes in
+        let context = CGContext(
+            data: bytes.baseAddress, width: width, height: height, bitsPerComponent: 8, bytesPerRow: 4 * width,
+            space: CGColorSpace(name: CGColorSpace.sRGB)!, bitmapInfo: CGImageAlphaInfo.noneSkipLast.rawValue)!
+        context.draw(image, in: CGRect(x: 0, y: 0, width: width, height: height))
+    }
+"""
+_SWIFT_SOFTMAX = """func softmax(_ logits: [Float]) -> [Float] {
+    let odds = logits.map { exp($0 - logits.max()!) }
+    return odds.map { $0 / odds.reduce(0, +) }
+}
+"""
+
+PIXELS = (
+    """## Preparing a photo in an app
 
 Both turn the photo upright before anything else, and resize as the Python programs do: an average weighted by a
 triangle as wide as two pixels of the result, which the systems' own bilinear scaling is not when it makes an image
@@ -146,10 +215,9 @@ import kotlin.math.abs
 import kotlin.math.exp
 
 fun pixels(photo: File): FloatArray {
-    val image = ImageDecoder.decodeBitmap(ImageDecoder.createSource(photo)) { decoder, _, _ ->
-        decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE
-    }
-    val isWide = image.height * WIDEL <= image.width * HIGHL
+"""
+    + _KOTLIN_DECODE
+    + """    val isWide = image.height * WIDEL <= image.width * HIGHL
     val (length, own) = if (isWide) HIGHL to image.height else WIDEL to image.width
     val across = triangles(image.width, (length * image.width / own).toInt(), WIDTH)
     val down = triangles(image.height, (length * image.height / own).toInt(), HEIGHT)
@@ -176,11 +244,9 @@ fun pixels(photo: File): FloatArray {
     }
 }
 
-fun softmax(logits: FloatArray): List<Float> {
-    val odds = logits.map { exp(it - logits.max()) }
-    return odds.map { it / odds.sum() }
-}
-
+"""
+    + _KOTLIN_SOFTMAX
+    + """
 /** For each of the middle `size` of the `resized` pixels that `side` pixels become: the first one of it, weights. */
 fun triangles(side: Int, resized: Int, size: Int): List<Pair<Int, FloatArray>> {
     val scale = side.toDouble() / resized
@@ -202,20 +268,9 @@ Swift:
 import ImageIO
 
 func pixels(_ photo: URL) -> [Float] {
-    let source = CGImageSourceCreateWithURL(photo as CFURL, nil)!
-    let upright: [CFString: Any] = [
-        kCGImageSourceCreateThumbnailFromImageAlways: true, kCGImageSourceCreateThumbnailWithTransform: true,
-        kCGImageSourceThumbnailMaxPixelSize: 1 << 20]
-    let image = CGImageSourceCreateThumbnailAtIndex(source, 0, upright as CFDictionary)!
-    let (width, height) = (image.width, image.height)
-    var rgba = [UInt8](repeating: 255, count: 4 * width * height)  // white
-    rgba.withUnsafeMutableBytes { bytes in
-        let context = CGContext(
-            data: bytes.baseAddress, width: width, height: height, bitsPerComponent: 8, bytesPerRow: 4 * width,
-            space: CGColorSpace(name: CGColorSpace.sRGB)!, bitmapInfo: CGImageAlphaInfo.noneSkipLast.rawValue)!
-        context.draw(image, in: CGRect(x: 0, y: 0, width: width, height: height))
-    }
-    let (length, own) = height * WIDE <= width * HIGH ? (HIGH, height) : (WIDE, width)
+"""
+    + _SWIFT_DECODE
+    + """    let (length, own) = height * WIDE <= width * HIGH ? (HIGH, height) : (WIDE, width)
     let across = triangles(width, length * width / own, WIDTH)
     let down = triangles(height, length * height / own, HEIGHT)
     var narrow = [Float](repeating: 0, count: height * 3 * WIDTH)
@@ -235,11 +290,9 @@ func pixels(_ photo: URL) -> [Float] {
     }
 }
 
-func softmax(_ logits: [Float]) -> [Float] {
-    let odds = logits.map { exp($0 - logits.max()!) }
-    return odds.map { $0 / odds.reduce(0, +) }
-}
-
+"""
+    + _SWIFT_SOFTMAX
+    + """
 /// For each of the middle `size` of the `resized` pixels that `side` pixels become: the first it is made of, weights.
 func triangles(_ side: Int, _ resized: Int, _ size: Int) -> [(Int, [Float])] {
     let scale = Double(side) / Double(resized), width = max(scale, 1)
@@ -254,6 +307,58 @@ func triangles(_ side: Int, _ resized: Int, _ size: Int) -> [(Int, [Float])] {
 }
 ```
 """
+)
+
+PLANES = f"""## A whole photo in an app
+
+For a file that takes photos of any size: upright, what is transparent on white. A photo of 12 million px takes 150 MB
+as floats: where that is too much, let the system decode a JPEG at half or a quarter of its sides.
+
+Kotlin (Android 9 or newer; `ImageDecoder` turns the photo upright):
+
+```kotlin
+import android.graphics.ImageDecoder
+import java.io.File
+import kotlin.math.exp
+
+class Planes(val values: FloatArray, val height: Long, val width: Long)
+
+fun planes(photo: File): Planes {{
+{_KOTLIN_DECODE}    val argb = IntArray(image.width * image.height)
+    image.getPixels(argb, 0, image.width, 0, 0, image.width, image.height)
+    val values = FloatArray(3 * argb.size) {{ place ->
+        val pixel = argb[place % argb.size]
+        val alpha = pixel ushr 24
+        val value = pixel shr (16 - 8 * (place / argb.size)) and 0xFF
+        (value * alpha + 255 * (255 - alpha)) / (255f * 255f)
+    }}
+    return Planes(values, image.height.toLong(), image.width.toLong())
+}}
+
+{_KOTLIN_SOFTMAX}```
+
+Swift:
+
+```swift
+import ImageIO
+
+func planes(_ photo: URL) -> (values: [Float], height: Int, width: Int) {{
+{_SWIFT_DECODE}    let count = width * height
+    return ((0..<3 * count).map {{ Float(rgba[4 * ($0 % count) + $0 / count]) / 255 }}, height, width)
+}}
+
+{_SWIFT_SOFTMAX}```
+"""
+
+# what stands in a format's programs for apps, for a file that takes photos of any size
+ANY_SIZE = {
+    "let values = pixels(photo)": "let image = planes(photo)\nlet values = image.values",
+    "val input = ": "val image = planes(photo)\nval input = ",
+    "pixels(photo)": "image.values",
+    "longArrayOf(1, 3, HEIGHT, WIDTH)": "longArrayOf(1, 3, image.height, image.width)",
+    "shape: [1, 3, HEIGHT, WIDTH]": "shape: [1, 3, image.height as NSNumber, image.width as NSNumber]",
+    "{1, 3, HEIGHT, WIDTH}": "{1, 3, height, width}",
+}
 
 SECTIONS = {
     "litert": """## LiteRT

@@ -5,6 +5,7 @@ which ONNX Runtime fuses into its int8 kernels when it loads the file.
 import ast
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from distill.errors import UsageError, UserError
+from distill.export.resize import PREPARED, Cut, cuts, described_with, put_before, shown
 from distill.runtimes import graph
 from distill.runtimes.artifact import Artifact, Model, describe, publish
 
@@ -30,6 +32,7 @@ def export(
     metadata: dict,
     *,
     opset: Annotated[int, Interval(ge=18, le=23)] = OPSETS[-1],
+    resize: bool = False,
 ) -> list[Artifact]:
     """Writes stem.onnx: "images" (batch, C, H, W) to "logits" (batch, K).
 
@@ -39,6 +42,7 @@ def export(
         stem: the file's path without suffix.
         metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
         opset: the version of ONNX's operators, one of OPSETS: an older one for an older runtime.
+        resize: the file takes images of any height and width, and makes of them what `metadata` says.
 
     Raises:
         UsageError: another opset.
@@ -46,15 +50,21 @@ def export(
     """
     if opset not in OPSETS:
         raise UsageError(f"export.onnx.opset={opset} is none that is written: choose {OPSETS[0]} to {OPSETS[-1]}")
-    described = json.dumps(describe(example, metadata), ensure_ascii=False)
-    data, places = written(net, example, opset, described)
+    described = described_with(describe(example, metadata), resize)
+    steps = cuts(described["input"])
+    data, places = written(net, example, opset, json.dumps(described, ensure_ascii=False), cuts=steps)
     file = _artifact(Path(stem))
-    publish(file, data, net, example, place=lambda said: _failing(said, places))
+    publish(file, data, *shown(net, example, steps), place=lambda said: _failing(said, places))
     return [file]
 
 
-def written(net: nn.Module, example: Tensor, opset: int, described: str, name: str = "ONNX") -> tuple[bytes, dict]:
+def written(
+    net: nn.Module, example: Tensor, opset: int, described: str, name: str = "ONNX", cuts: Sequence[Cut] = ()
+) -> tuple[bytes, dict]:
     """The file's bytes, with `described` inside; and {a node's name in it: " at the operator X (layer Y)"}.
+
+    Args:
+        cuts: what becomes of images of any height and width, before the network.
 
     Raises:
         UserError: as `export`, for the format `name`.
@@ -70,7 +80,7 @@ def written(net: nn.Module, example: Tensor, opset: int, described: str, name: s
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=["images"],
+                input_names=[PREPARED if cuts else "images"],
                 output_names=["logits"],
                 custom_translation_table=_quantization(),
                 verbose=False,
@@ -89,6 +99,8 @@ def written(net: nn.Module, example: Tensor, opset: int, described: str, name: s
     made.model.metadata_props[METADATA] = described
     made = made.model_proto
     del made.graph.value_info[:]  # shapes of what is in between, which every runtime infers: another tenth
+    if cuts:
+        put_before(made, cuts)
     return made.SerializeToString(), places
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.export.onnx import OPSETS, written
+from distill.export.resize import cuts, described_with, shown
 from distill.files import scratch
 from distill.runtimes import graph
 from distill.runtimes.artifact import MOST, Artifact, Model, describe, publish
@@ -28,7 +29,7 @@ FILES = ("model.xml", "model.bin")
 LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 
 
-def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict, *, resize: bool = False) -> list[Artifact]:
     """Writes stem.openvino/model.xml and model.bin: "images" (batch, C, H, W) to "logits" (batch, K).
 
     Args:
@@ -36,25 +37,43 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         example: images (N, C, H, W); gives the input's size.
         stem: the folder's path without suffix.
         metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+        resize: the file takes images of any height and width, and makes of them what `metadata` says.
 
     Raises:
         UserError: openvino or onnx is missing, does not know a part of `net`, or the folder cannot be written.
     """
     openvino = _openvino()
-    described = json.dumps(describe(example, metadata), ensure_ascii=False)
-    data, _ = written(net, example, OPSETS[-1], described, "OpenVINO")
+    described = described_with(describe(example, metadata), resize)
+    steps, said = cuts(described["input"]), json.dumps(described, ensure_ascii=False)
+    data, _ = written(net, example, OPSETS[-1], said, "OpenVINO", steps)
     try:
         model = openvino.convert_model(io.BytesIO(data))
     except Exception as error:  # its own exceptions have no common class; they name the operator
         raise UserError(f"OpenVINO cannot take this network: {graph.reason(error)}") from error
-    model.set_rt_info(described, METADATA)
+    _antialias(model)
+    model.set_rt_info(said, METADATA)
     with scratch() as folder:
         openvino.save_model(model, folder / FILES[0], compress_to_fp16=False)
         text, weights = ((folder / name).read_bytes() for name in FILES)
     content = dict(zip(FILES, (re.sub(rb">\s+<", b"><", text), weights), strict=True))  # a third is indentation
     file = _artifact(Path(stem))
-    publish(file, content, net, example)
+    publish(file, content, *shown(net, example, steps))
     return [file]
+
+
+def _antialias(model) -> None:
+    """What of ONNX is resized with antialiasing is so here, too: OpenVINO's translation would leave that out."""
+    from openvino import opset11
+
+    for op in model.get_ops():
+        if op.get_type_name() != "Interpolate":
+            continue
+        said = op.get_attributes()
+        if (said["antialias"], said["mode"], said["shape_calculation_mode"]) == (True, "linear_onnx", "sizes"):
+            values = [op.input_value(place) for place in range(op.get_input_size())]
+            axes = values[2] if len(values) > 2 else None
+            resized = opset11.interpolate(*values[:2], "bilinear_pillow", "sizes", axes=axes)
+            op.output(0).replace(resized.output(0))
 
 
 def reload(stem: Path) -> list[Artifact]:

@@ -17,6 +17,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
 from distill.errors import UserError
+from distill.export.resize import before, cuts, described_with, shown
 from distill.progress import say
 from distill.runtimes.artifact import MOST, Artifact, Model, describe, publish, read_zipped
 
@@ -24,7 +25,7 @@ FLOW = "fx"
 METADATA = "metadata.json"
 
 
-def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[Artifact]:
+def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict, *, resize: bool = False) -> list[Artifact]:
     """Writes stem.pt and stem.ptl, both for any batch size, with `metadata` inside.
 
     Args:
@@ -32,6 +33,7 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
         example: images (N, C, H, W); gives the input's size.
         stem: the files' path without suffix.
         metadata: plain JSON values, such as {"classes": [...]}; the input's description is added.
+        resize: the files take images of any height and width, and make of them what `metadata` says.
 
     Raises:
         UserError: `net` cannot be traced, or a file cannot be written.
@@ -39,10 +41,13 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
     from distill.runtimes.coverage import stored  # not what a file's own process loads
 
     stem = Path(stem)
-    extra = {METADATA: json.dumps(describe(example, metadata), ensure_ascii=False)}
+    described = described_with(describe(example, metadata), resize)
+    steps, extra = cuts(described["input"]), {METADATA: json.dumps(described, ensure_ascii=False)}
     script_file, lite_file = _artifacts(stem)
     with _no_deprecations(), torch.no_grad():
         traced, kinds, note = _trace(net, example), stored(net), ""
+        if steps:
+            traced = torch.jit.script(before(traced, steps))
         # freezing would write weights that are only stored in int8 out as float
         script = traced if "weight-only int8" in kinds else torch.jit.freeze(traced)
         # and a frozen lite file holds twice those that are packed to compute in int8
@@ -54,8 +59,9 @@ def export(net: nn.Module, example: Tensor, stem: Path, metadata: dict) -> list[
                 note = "not optimised for mobile: this build of PyTorch has no XNNPACK"
         buffer = io.BytesIO()
         torch.jit.save(script, buffer, _extra_files=extra)
-        publish(script_file, buffer.getvalue(), net, example)
-        publish(lite_file, lite._save_to_buffer_for_lite_interpreter(_extra_files=extra), net, example)
+        publish(script_file, buffer.getvalue(), *shown(net, example, steps))
+        lite_bytes = lite._save_to_buffer_for_lite_interpreter(_extra_files=extra)
+        publish(lite_file, lite_bytes, *shown(net, example, steps))
     if note:
         say(f"  {lite_file.path.name}: {note}")
     return [script_file, lite_file]

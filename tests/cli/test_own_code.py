@@ -198,6 +198,23 @@ def test_a_mistake_in_ones_own_file_is_told_with_its_line(
     assert "fitting" not in told.out and not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_what_ones_own_code_does_to_test_images_no_file_is_to_do(train, tmp_path, monkeypatch, capfd):
+    source = DATA.replace("    return from_arrays", "    made = from_arrays") + "    return doubled(made)\n"
+    source += """
+
+def doubled(data):
+    from dataclasses import replace
+    mine = lambda images, uniforms, size: (images // 2 * 2)
+    mine.count = 0
+    return replace(data, test=replace(data.test, transform=mine))
+"""
+    words = own(tmp_path, monkeypatch, "data", HEAD + source, "own_test_images")
+    assert train(*words, "export=[onnx]", "export.onnx.resize=true", cwd=tmp_path) == 1
+    told = capfd.readouterr()
+    assert "error: export.onnx.resize=true: the test images of this set are prepared by function, which" in told.err
+    assert "fitting" not in told.out and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_module_that_is_not_found_names_the_path_and_where_its_file_is(train, tmp_path, capfd):
     (tmp_path / "mine_lost.py").write_text(HEAD + NET)
     words = ["student=custom", *(word for word in QUICK if not word.startswith("student="))]

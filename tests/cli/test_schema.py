@@ -249,6 +249,7 @@ WRONG = [
     ("compress=[auto] compress.auto.static_int8.images=8", "of at least 32"),
     ("compress=[auto] +compress.auto.ratio=0.5", "callable"),
     ("export=[onnx] export.onnx.opset=17", "from 18 to 23"),
+    ("export=[onnx] export.onnx.resize=300", "true or false"),
     ("export=[onnx,onnx]", "more than once"),
     ("logger=[wandb] logger.wandb.project=3", "text"),
 ]

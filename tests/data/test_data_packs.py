@@ -19,6 +19,7 @@ from distill.data.augment import CenterCrop, RandomResizedCrop, ShiftFlip
 from distill.data.files import ImageError, read
 from distill.data.pack import Packed
 from distill.errors import UserError
+from distill.export import preparation as described
 
 
 def make_folder(root: Path, sizes: list[tuple[int, int]], classes=("a", "b")) -> Path:
@@ -106,6 +107,8 @@ def test_packed_squares_are_the_middle_of_the_images(tmp_path):
             assert torch.equal(square, CenterCrop(resize=1.0)([whole], torch.empty(1, 0), 64)[0])
     square = data.test.images[torch.tensor([1])]
     assert torch.equal(data.test[[1], 0].images * 255, CenterCrop()(square, torch.empty(1, 0), 48).float())
+    assert described(data) == {"short_side": 55, "pack": [64, 64]}  # what a file's metadata says
+    assert described(images.make(pack=None)) == {"short_side": 55}
 
 
 def test_packed_at_their_final_size_they_can_be_shifted(tmp_path):

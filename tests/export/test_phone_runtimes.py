@@ -14,6 +14,7 @@ import torch
 from photos import photos, program, said, wanted
 from sets import fake
 from test_export_architectures import BLOCKS, WHOLE, cells, decibels, settled
+from test_resize import SHAPES, Pixels, furthest, noise
 from torch import nn
 
 from distill import export as exporting
@@ -21,6 +22,8 @@ from distill.compress import flows
 from distill.compress.dynamic_int8 import dynamic_int8
 from distill.compress.weight_only_int8 import weight_only_int8
 from distill.data.augment import CenterCrop
+from distill.data.files import read
+from distill.data.prepare import Preparation
 from distill.errors import UsageError, UserError
 from distill.export import deploy
 from distill.networks.network import Network
@@ -218,6 +221,25 @@ def test_weights_of_quantization_aware_training_keep_their_ranges_in_litert(tmp_
     assert len(scales) == 8
     for scale in scales:
         assert any(len(each) == len(scale) and torch.tensor(each).allclose(scale.float()) for each in found)
+
+
+@openvino
+@torch.no_grad()
+def test_openvino_makes_of_photos_what_the_toolkit_makes_of_them(tmp_path):
+    """Antialiased, which its own translation of ONNX is not; in a network of one's own, too."""
+    (file,) = exporter("openvino").export(Pixels().eval(), torch.rand(2, 3, 16, 16), tmp_path / "net", {}, resize=True)
+    assert exporter("openvino").read_metadata(file.path)["input"]["resize"]
+    images = [noise(*shape) for shape in SHAPES] + [read(photo) for photo in photos(tmp_path)]
+    assert furthest(file, Preparation(16, None), images) <= 1.1
+    own = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(file.run(own), 255 * own.flatten(1), rtol=0, atol=0)
+
+    class Smaller(nn.Module):
+        def forward(self, images):
+            return nn.functional.interpolate(images, (5, 7), mode="bilinear", antialias=True).flatten(1)
+
+    (file,) = exporter("openvino").export(Smaller(), own, tmp_path / "own", {})
+    torch.testing.assert_close(file.run(own), Smaller()(own), rtol=1e-4, atol=1e-5)
 
 
 @openvino
