@@ -231,7 +231,7 @@ class Clamps(nn.Module):
         return self.head(nn.functional.relu6(self.third(small)).flatten(1))
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", ["fx", "xnnpack", pytest.param("onnx", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("qat", [False, True], ids=["static", "qat"])
 def test_between_a_layer_and_its_relu6_int8_spends_no_step_on_what_is_cut_off(flow, qat):
     net, pixels = Clamps().train(), images(0)[0][:64].float() / 255
@@ -431,7 +431,7 @@ def test_bias_correction_leaves_alone_what_it_can_not_better():
     assert correct(net, [pixels], ["0", "4"], lambda weight: weight) is net
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", ["fx", "onnx", pytest.param("xnnpack", marks=pytest.mark.matrix)])
 def test_static_int8_corrects_the_biases_of_what_it_rounds(data, flow):
     net, pixels = between(nn.ReLU), images(0)[0].float() / 255
     errors = []

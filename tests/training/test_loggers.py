@@ -114,6 +114,7 @@ def test_one_that_fails_is_left_out_and_one_that_hangs_is_not_waited_for(capsys,
     ]
 
 
+@pytest.mark.matrix  # its seconds are those of an idle machine
 def test_a_server_that_is_silent_leaves_wandb_offline(tmp_path, no_account, monkeypatch):
     """Also at the end of the process, which wandb's own telemetry would hold up."""
     with socket.socket() as server:
