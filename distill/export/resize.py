@@ -159,6 +159,10 @@ def put_before(model, cuts: list[Cut]) -> None:
         image = f"middle{m}"
     sizes = {"channels": channels, "height": height, "width": width}
     front = parse_graph(_GRAPH.format(prepared=PREPARED, cuts="".join(steps), last=image, **sizes))
+    kept = {"images", PREPARED, ""}
+    for node in front.node:  # a network may have weights called `one` or `shape`
+        for names in (node.input, node.output):
+            names[:] = [name if name in kept else f"photo/{name}" for name in names]
     nodes = [*front.node, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

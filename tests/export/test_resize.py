@@ -54,8 +54,8 @@ def pixels_of(name: str, folder: Path, kind: str) -> list[Artifact]:
     model = parse_model(
         f"""<ir_version: 10, opset_import: ["": 18]>
         pixels (float[batch, 3, {height}, {width}] {resize.PREPARED}) => (float[batch, n] logits) {{
-            full = Constant <value_float = 255.0> ()
-            levels = Mul ({resize.PREPARED}, full)
+            one = Constant <value_float = 255.0> ()
+            levels = Mul ({resize.PREPARED}, one)
             logits = Flatten (levels)
         }}"""
     )
