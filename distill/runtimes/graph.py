@@ -115,6 +115,3 @@ def place(error: BaseException | None, net: nn.Module) -> str:
 
 
 LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
-
-
-LINEAR, CONV = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
