@@ -124,8 +124,11 @@ def size(path: Path) -> int:
 def digest(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, or of all files in a folder with their names."""
     if path.is_file():
+        found = hashlib.sha256()
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while part := file.read(1 << 20):
+                found.update(part)
+        return found.hexdigest()
     told = [f"{part.relative_to(path).as_posix()} {digest(part)}" for part in sorted(path.rglob("*")) if part.is_file()]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 

@@ -9,11 +9,12 @@ rounded and corrected; E: the mean over images and places, for each channel.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from distill.compress.layers import hooked
 
 
 @torch.no_grad()
@@ -39,13 +40,14 @@ def correct(
         layer.weight = nn.Parameter(rounded(weight))
         if layer.bias is None:
             layer.bias = nn.Parameter(weight.new_zeros(len(weight)))
-    before = _error(small, net, batches[0])
+    logits = net(batches[0])
+    before = _error(small, batches[0], logits)
     for number, images in enumerate(batches, 1):
         wanted = _means(net, images, layers)
         moves = {path: _move(means[0], 1 / number) for path, means in wanted.items() if len(means) == 1}
-        with _hooked(small, moves):
+        with hooked(small, moves):
             small(images)
-    if not _error(small, net, batches[0]) < before:
+    if not _error(small, batches[0], logits) < before:
         return net
     for path, weight in weights.items():
         small.get_submodule(path).weight = weight
@@ -56,7 +58,7 @@ def _means(net: nn.Module, images: Tensor, layers: Collection[str]) -> dict[str,
     """What each layer answers on the average, (O,), for each time that it is called."""
     found: dict[str, list[Tensor]] = {path: [] for path in layers}
     keep = {path: lambda layer, inputs, answer, path=path: found[path].append(_mean(layer, answer)) for path in layers}
-    with _hooked(net, keep):
+    with hooked(net, keep):
         net(images)
     return found
 
@@ -77,15 +79,5 @@ def _mean(layer: nn.Module, answer: Tensor) -> Tensor:
     return answer.flatten(0, -2).mean(0) if isinstance(layer, nn.Linear) else answer.mean((0, 2, 3))
 
 
-def _error(net: nn.Module, exact: nn.Module, images: Tensor) -> float:
-    return (net(images) - exact(images)).square().mean().item()
-
-
-@contextmanager
-def _hooked(net: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    handles = [net.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _error(net: nn.Module, images: Tensor, wanted: Tensor) -> float:
+    return (net(images) - wanted).square().mean().item()

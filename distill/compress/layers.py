@@ -1,9 +1,21 @@
 """Which layers of a network a step may put others in place of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def hooked(net: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
+    """While it lasts, the layers of `net` at these paths have these forward hooks."""
+    handles = [net.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.compress.calibrate import answers
-from distill.compress.flows import layers
+from distill.compress.flows import layers, rounded
 
 
 def by_sensitivity(net: nn.Module, batches: Sequence[Tensor]) -> list[str]:
@@ -29,19 +29,13 @@ def one_by_one(net: nn.Module, batches: Sequence[Tensor], names: Iterable[str]) 
     for name in names:
         layer = net.get_submodule(name)
         weight, hook = layer.weight.detach().clone(), layer.register_forward_pre_hook(_rounded_input)
-        layer.weight.copy_(_rounded_weight(weight))
+        layer.weight.copy_(rounded(weight, "xnnpack"))
         try:
             came = answers(net, batches)
         finally:
             layer.weight.copy_(weight)
             hook.remove()
         yield name, came
-
-
-def _rounded_weight(weight: Tensor) -> Tensor:
-    scale = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / 127  # (O,)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
 
 
 def _rounded_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

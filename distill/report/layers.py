@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from distill import asked
 from distill.compress import flows
 from distill.compress.calibrate import answers, calibration
+from distill.compress.layers import hooked
 from distill.compress.sensitivity import one_by_one
 from distill.data.base import Data
 from distill.progress import say
@@ -173,7 +174,7 @@ def noise(net: nn.Module, small: nn.Module, images: Tensor) -> dict[str, float]:
             modules[path].bias = None if each.bias is None else nn.Parameter(each.bias)
     signal, error = Counter(), Counter()
     for part in images.split(TOGETHER):
-        wanted, came = _heard(twin, {path: modules[path] for path in layers}, part), _answered(small, layers, part)
+        wanted, came = _heard(twin, layers, part), _answered(small, layers, part)
         for path, each in layers.items():
             if len(wanted[path]) != len(came[path]):
                 continue
@@ -207,14 +208,13 @@ def folded(net: nn.Module, images: Tensor) -> nn.Module:
         else:
             norms.update({conv: path for conv, tensor in outputs if tensor is given})
 
-    hooks = [
-        module.register_forward_hook(lambda module, given, output, path=path: heard(path, module, given[0], output))
+    hooks = {
+        path: lambda module, given, output, path=path: heard(path, module, given[0], output)
         for path, module in twin.named_modules()
         if type(module) in (nn.Conv2d, nn.BatchNorm2d)
-    ]
-    twin(images)
-    for hook in hooks:
-        hook.remove()
+    }
+    with hooked(twin, hooks):
+        twin(images)
     for conv, norm in norms.items():
         if calls[conv] == calls[norm] == 1:
             twin.set_submodule(conv, fuse_conv_bn_eval(twin.get_submodule(conv), twin.get_submodule(norm)))
@@ -277,22 +277,18 @@ def _rounded(node: fx.Node) -> tuple[fx.Node, tuple[Callable[[Tensor], Tensor], 
     return node, tuple(between)
 
 
-def _heard(net: nn.Module, sources: Mapping[str, nn.Module], images: Tensor) -> dict[str, list[Tensor]]:
-    """What modules of `net` answer, a tensor a call."""
+def _heard(net: nn.Module, sources: Iterable[str], images: Tensor) -> dict[str, list[Tensor]]:
+    """What the modules of `net` at these paths answer, a tensor a call."""
     heard = {path: [] for path in sources}
-    hooks = [
-        module.register_forward_hook(lambda module, given, output, path=path: heard[path].append(_plain(output)))
-        for path, module in sources.items()
-    ]
-    net(images)
-    for hook in hooks:
-        hook.remove()
+    hooks = {path: lambda module, given, output, path=path: heard[path].append(_plain(output)) for path in sources}
+    with hooked(net, hooks):
+        net(images)
     return heard
 
 
 def _answered(small: nn.Module, layers: Mapping[str, Layer], images: Tensor) -> dict[str, list[Tensor]]:
     if all(isinstance(each.source, nn.Module) for each in layers.values()):
-        return _heard(small, {path: each.source for path, each in layers.items()}, images)
+        return _heard(small, layers, images)
     nodes, heard = {each.source: path for path, each in layers.items()}, {path: [] for path in layers}
 
     class Listening(fx.Interpreter):
