@@ -49,3 +49,11 @@ def wanted(answer, file: Path, size, classes: list[str]) -> tuple[str, float]:
     pixels = CenterCrop()([tensor(read(file))], torch.empty(1, 0), size)
     odds = answer(pixels.float() / 255)[0].softmax(0)
     return classes[odds.argmax()], odds.max().item()
+
+
+def says_what_the_toolkit_says(folder: Path, program: str, files: list[Path], answer, size, classes: list[str]) -> None:
+    """Of every photo the program tells the class that `answer` has for it, as the toolkit prepares it."""
+    for photo, (found, probability) in zip(files, said(folder, program, files), strict=True):
+        label, expected = wanted(answer, photo, size, classes)
+        assert found == label, photo.name
+        assert abs(probability - expected) <= 0.05, photo.name  # two libraries' resize: a level of 255

@@ -9,7 +9,7 @@ from pathlib import Path
 import loaders
 import pytest
 import torch
-from photos import photos, program, said, wanted
+from photos import photos, program, says_what_the_toolkit_says
 from sets import fake
 from torch import nn
 
@@ -433,10 +433,7 @@ def test_the_programs_of_the_readme_say_of_any_photo_what_the_toolkit_says(expor
         text_of_program = program(folder, title)
         name = re.search(rf'"(student\S*\.{suffix})"', text_of_program)[1]
         (file,) = (file for several in files.values() for file in several if file.path.name == name)
-        for photo, (found, probability) in zip(shown, said(folder, text_of_program, shown), strict=True):
-            label, expected = wanted(file.run, photo, data.image_size, data.classes)
-            assert found == label, photo.name
-            assert probability == pytest.approx(expected, abs=0.05), photo.name  # two libraries' resize: a level of 255
+        says_what_the_toolkit_says(folder, text_of_program, shown, file.run, data.image_size, data.classes)
     assert "import torch" not in program(folder, "ONNX Runtime")
     assert "{" not in text.partition("\n## ExecuTorch")[2].partition("```python")[0]
     assert "SIZE" not in text

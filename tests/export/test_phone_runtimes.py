@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import photos, program, said, wanted
+from photos import photos, program, says_what_the_toolkit_says
 from sets import fake
 from test_export_architectures import BLOCKS, WHOLE, cells, decibels, settled
 from test_resize import SHAPES, Pixels, furthest, noise
@@ -301,9 +301,7 @@ def test_the_programs_of_the_readme_say_of_any_photo_what_the_toolkit_says(tmp_p
     (file,) = exporter(format).export(source, images[:2], tmp_path / "net", {}, **options)
     deploy.write_readme([Row(file.path.name, format=format)], cropped, tmp_path)
     shown = photos(tmp_path)
-    for photo, (found, probability) in zip(shown, said(tmp_path, program(tmp_path, title), shown), strict=True):
-        label, expected = wanted(file.run, photo, SIZE, data.classes)
-        assert found == label and probability == pytest.approx(expected, abs=0.05), photo.name
+    says_what_the_toolkit_says(tmp_path, program(tmp_path, title), shown, file.run, SIZE, data.classes)
 
 
 class TestCoreML:
