@@ -16,6 +16,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from distill import archives
 from distill.errors import UserError
 
 COPIED = re.compile(r"archive_format|archive_version|byteorder|\.data/\w+|data/(weights/weight|constants/tensor)_\d+")
@@ -67,7 +68,7 @@ def sanitized(path: Path) -> io.BytesIO:
         raise UserError(
             f"{path} is not opened: {reason}, which is more than the plain graph of a network and could run code"
         ) from None
-    except (OSError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (*archives.FAULTS, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged, or no torch.export archive: {error}; export it again") from error
     copied.seek(0)
     return copied

@@ -16,10 +16,11 @@ from torch.backends import xnnpack
 from torch.jit.mobile import _load_for_lite_interpreter
 from torch.utils.mobile_optimizer import optimize_for_mobile
 
+from distill import archives
 from distill.errors import UserError
 from distill.export.resize import before, cuts, described_with, shown
 from distill.progress import say
-from distill.runtimes.artifact import MOST, Artifact, Model, describe, publish, read_zipped
+from distill.runtimes.artifact import Artifact, Model, describe, publish, read_zipped
 
 FLOW = "fx"
 METADATA = "metadata.json"
@@ -110,16 +111,16 @@ _FILES = re.compile(rb"\b(torch|aten)(\.|::)(save|from_file)\b")
 
 
 def _refuse_files(path: Path) -> None:
-    """Raises UserError for a program that reads or writes files, and for one that unfolds to more than its size."""
+    """Raises UserError for a program that reads or writes files, and for an archive that is not as torch writes it."""
     try:
+        if reason := archives.unlike_torch(path):
+            raise UserError(f"cannot load {path}: {reason}; export it again")
+        if changed := archives.changed(path):
+            raise UserError(f"cannot load {path}: {changed} in it is not what was written; export it again")
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            unfolded = sum(member.file_size for member in members)
-            if unfolded > path.stat().st_size + MOST:  # only the program's text is packed
-                raise UserError(f"cannot load {path}: it unfolds to {unfolded:,} bytes; export it again")
-            code = [member for member in members if member.filename.endswith((".py", "/bytecode.pkl"))]
+            code = [member for member in archive.infolist() if member.filename.endswith((".py", "/bytecode.pkl"))]
             found = next(filter(None, (_FILES.search(archive.read(member)) for member in code)), None)
-    except (OSError, zipfile.BadZipFile) as error:
+    except archives.FAULTS as error:
         raise UserError(f"cannot load {path}: {error}; export it again") from error
     if found:
         raise UserError(f"{path} is not opened: its program calls {found[0].decode()}, which reaches files")

@@ -8,7 +8,6 @@ import os
 import pickle
 import struct
 import warnings
-import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill import archives
 from distill.errors import DamagedError, UserError
 from distill.files import CHECKSUM, atomic
 from distill.types import grid
@@ -44,7 +44,6 @@ STATE_KEYS = (
 # Where two parts of a file fit a network alike, one with such a word in its name is not taken.
 SECOND_CHOICE = ("teacher", "ema", "momentum", "target", "averag")
 EXTRA = "_extra_state"  # what a module keeps besides tensors (nn.Module.get_extra_state) ends in this
-TEXT = 1 << 24  # bytes that a TorchScript program's packed text may unfold to: those are told what they are
 REPEATED = 1 << 24  # bytes that a tensor may seem to have whose numbers are fewer
 DEPTH = 4  # mappings in mappings among which a state dict is looked for: in a file they may hold each other
 SHOWN = 5  # keys named in an error before the rest is only counted
@@ -96,7 +95,7 @@ def _is_plain(value: Tensor) -> bool:
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
         return False
     return value.device.type == "cpu" and value.numel() * value.element_size() <= max(
-        TEXT, value.untyped_storage().nbytes()
+        archives.TEXT, value.untyped_storage().nbytes()
     )
 
 
@@ -251,7 +250,11 @@ def _start(path: Path) -> bytes:
 
 
 def _unpickle(path: Path):
-    refuse_packed(path)
+    if reason := archives.unlike_torch(path):
+        raise UserError(
+            f"{path} is not opened: {reason}, which torch.save does not write; "
+            "save it again with torch.save(net.state_dict(), PATH)"
+        )
     try:
         with open(path, "rb") as file, warnings.catch_warnings():  # given a path, torch goes by its ending
             warnings.simplefilter("ignore")  # the errors below say the same in one line
@@ -267,19 +270,6 @@ def _unpickle(path: Path):
         if "TorchScript" not in str(error):
             raise
         raise UserError(f"{path} is a TorchScript program, expected weights: save its state_dict() instead") from error
-
-
-def refuse_packed(path: Path) -> None:
-    """Raises UserError for an archive that unfolds to more than it is: torch packs no tensors."""
-    if not zipfile.is_zipfile(path):  # torch's older format
-        return
-    with zipfile.ZipFile(path) as archive:
-        unfolded = sum(member.file_size for member in archive.infolist())
-    if unfolded > path.stat().st_size + TEXT:
-        raise UserError(
-            f"{path} is not opened: it unfolds to {unfolded:,} bytes from {path.stat().st_size:,}, which "
-            "torch.save does not write; save it again with torch.save(net.state_dict(), PATH)"
-        )
 
 
 def _as_tensor(key: str, value) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from distill.archives import FAULTS
 from distill.errors import UserError
 from distill.files import atomic
 
@@ -81,7 +82,7 @@ def read_zipped(path: Path, ending: str, kinds: str) -> dict:
             if member.file_size > MOST:
                 raise ValueError(f"it has {member.file_size:,} bytes")
             return json.loads(file.read(member))
-    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, RecursionError) as error:
+    except (*FAULTS, StopIteration) as error:
         name = ending.rpartition("/")[2]
         raise UserError(f"{path} has no readable {name}: expected a {kinds} that distill exported") from error
 

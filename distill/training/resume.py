@@ -11,10 +11,10 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from distill import signals
+from distill import archives, signals
 from distill.errors import DamagedError, UsageError, UserError
 from distill.files import atomic
-from distill.networks.weights import read_state, refuse_packed, save_weights
+from distill.networks.weights import read_state, save_weights
 from distill.progress import leads, say
 
 MONITOR = "val/accuracy"
@@ -56,10 +56,9 @@ def read(path: Path) -> dict:
     try:
         if not path.stat().st_size:
             raise DamagedError(f"{path} is empty")
-        refuse_packed(path)
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-        if changed is not None:
+        if reason := archives.unlike_torch(path):
+            raise DamagedError(f"{path} is damaged: {reason}")
+        if (changed := archives.changed(path)) is not None:
             raise DamagedError(f"{path} is damaged: {Path(changed).name} in it is not what was written (its checksum)")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

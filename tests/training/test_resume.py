@@ -258,6 +258,25 @@ def test_every_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing(whole, tm
     assert found > 75  # the rest are bytes between the tensors
 
 
+def test_every_flipped_bit_of_a_checkpoints_directory_is_found_or_changes_nothing(tmp_path):
+    path, found = tmp_path / "last.ckpt", 0
+    torch.save({"state_dict": {"weight": torch.arange(6.0)}, "epoch": 3}, path)
+    content, good = path.read_bytes(), flattened(read(path))
+    of_the_weight = content.rindex(b"PK\1\2", 0, content.rindex(b"/data/0"))
+    ending = content.rindex(b"PK\6\6")
+    for place in [*range(of_the_weight, content.index(b"PK\1\2", of_the_weight + 4)), *range(ending, len(content))]:
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                assert flattened(read(path)) == good, (place, bit)
+            except DamagedError as error:
+                assert str(path) in str(error)
+                found += 1
+    assert found > 400  # the rest are dates and the like
+
+
 def flattened(value) -> str:
     """Equal for equal states."""
     if isinstance(value, torch.Tensor):
