@@ -326,12 +326,13 @@ def _measured(
         executed = {name: [file for file in several if not file.elsewhere] for name, several in files.items()}
         each_file = {f"{name} {file.path.name}": file for name, several in executed.items() for file in several}
         with serve(each_file) as served:
-            times = latency({name: each.time for name, each in served.items()}, example, seconds=1)
+            times, failed = latency({name: each.time for name, each in served.items()}, example, seconds=1)
         found = {}
         for name, several in files.items():
-            asked = [times.get(f"{name} {file.path.name}") for file in executed[name]]
-            if not asked or None in asked:
-                say(f"  auto: {name} is left out: a file of it can't be run")
+            asked = [f"{name} {file.path.name}" for file in executed[name]]
+            unable = [failed[each] for each in asked if each in failed]
+            if not asked or unable:
+                say(f"  auto: {name} is left out: {(unable or ['no file of it runs here'])[0]}")
                 continue
             found[name] = {
                 file.path.suffix: File(bytes_of(file.path), times.get(f"{name} {file.path.name}", {}).get("latency_ms"))

@@ -58,20 +58,22 @@ def evaluate(
     halfway = {_key(step, net): net for steps in made.values() for step, net in [*steps.items()][:-1]}
     example = data.test[torch.zeros(1, dtype=torch.int64), 0].images
     with serve(artifacts, data.num_classes) as served:
+        timers = {name: measure.timed(net.to("cpu")) for name, net in plain.items()}
+        timers |= {name: each.time for name, each in served.items()}
+        times, unable = measure.latency(timers, example)  # before they answer large batches, as on a phone
         eager = {name: _on_device(net) for name, net in plain.items()}
         models = {**eager, **{name: _as_shipped(net, _told(net)) for name, net in (sources | halfway).items()}}
-        models |= {name: _as_shipped(source_of[name], each) for name, each in served.items()}
+        models |= {name: _as_shipped(source_of[name], each) for name, each in served.items() if name in times}
         logits, labels, failed = measure.predict(models, data.test_loader())
+        for net in plain.values():
+            net.to("cpu")
         answered = [name for name in artifacts if name in logits and f"source {id(source_of[name])}" in logits]
         bounds = {name: _bounds(artifacts[name], source_of[name], tolerance) for name in answered}
         few = data.test[torch.arange(len(data.test))[:FEW], 0]
         reference = next(iter(nets["student"].values()), plain["student"])
-        failures = list(failed.values())
+        failures = [*unable.values(), *failed.values()]
         for name in answered:
             failures += _in_other_batches(name, served[name], source_of[name], reference, few.images, bounds[name])
-        timers = {name: measure.timed(net.to("cpu")) for name, net in plain.items()}
-        timers |= {name: served[name].time for name in answered}
-        times = measure.latency(timers, example)
 
     def row(name: str, net: nn.Module, size: int, shares: tuple[float, float] | None = None) -> tables.Row:
         small, computed = shares or (int8_share(net), computed_share(net))
@@ -79,7 +81,7 @@ def evaluate(
         return tables.Row(
             name,
             **scores,
-            **times.get(name, {}),
+            **times[name],
             format=artifacts[name].format if name in artifacts else "eager",
             parameters=measure.parameters(net),
             macs=measure.macs(net, example),
@@ -94,8 +96,6 @@ def evaluate(
         net = source_of[name]
         compared = logits[name], logits[f"source {id(net)}"], logits[student], labels
         failures += parity.check(name, *compared, bounds[name], tolerance["float" if name in floats else "compressed"])
-        if name not in times:
-            failures.append(f"{name}: its process died while its latency was measured")
         if torch.isfinite(logits[name]).all():
             file = artifacts[name]
             rows.append(row(name, net, measure.file_bytes(file.path), file.shares and file.shares(file.path)))

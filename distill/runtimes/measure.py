@@ -166,19 +166,24 @@ def timed(model: Model) -> Timer:
     return milliseconds
 
 
-def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
-    """Milliseconds for one image on one thread: {name: {"latency_ms": median, "latency_p95_ms": …}}.
+def latency(
+    timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Milliseconds for one image on one thread: ({name: {"latency_ms": median, "latency_p95_ms": …}}, {name: why it
+    failed}).
 
     The models take turns of BURST runs (A A A … B B B … A A A …), also those in other processes, so that a busy moment
     of the machine hits all of them alike, while each is measured as where one image follows the other. About `seconds`
     a model after the warm-up, until all medians are known to ±2 %, and at least TURNS turns each. A timer that raises
-    UserError is left out of the answer.
+    UserError is asked no more. What has answered large batches before may be slower for one image ever after:
+    TorchScript's int8 files are, by up to two times.
     """
     image = example[:1].contiguous()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times: dict[str, list[float]] = {name: [] for name in timers}
+        failed: dict[str, str] = {}
         end, rounds = None, -WARM_UP
         while rounds < TURNS or (time.perf_counter() < end and not all(map(_known, times.values()))):
             if rounds == 0:
@@ -186,7 +191,8 @@ def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) 
             for name in list(times):
                 try:
                     burst = [timers[name](image) for _ in range(BURST)]
-                except UserError:
+                except UserError as error:
+                    failed[name] = str(error)
                     del times[name]
                     continue
                 if rounds >= 0:
@@ -195,7 +201,7 @@ def latency(timers: Mapping[str, Timer], example: Tensor, seconds: float = 2.0) 
     finally:
         torch.set_num_threads(threads)
     quantiles = {name: torch.tensor(runs, dtype=torch.float64).quantile(_MEDIAN_P95) for name, runs in times.items()}
-    return {name: {"latency_ms": q[0].item(), "latency_p95_ms": q[1].item()} for name, q in quantiles.items()}
+    return {name: {"latency_ms": q[0].item(), "latency_p95_ms": q[1].item()} for name, q in quantiles.items()}, failed
 
 
 def _known(runs: Sequence[float]) -> bool:

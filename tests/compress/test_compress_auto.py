@@ -39,7 +39,9 @@ def net():
 @pytest.fixture
 def no_timing(monkeypatch):
     """Every file takes a millisecond."""
-    monkeypatch.setattr(search, "latency", lambda timers, *_, **__: {name: {"latency_ms": 1.0} for name in timers})
+    monkeypatch.setattr(
+        search, "latency", lambda timers, *_, **__: ({each: {"latency_ms": 1.0} for each in timers}, {})
+    )
 
 
 def as_it_is(trained: list):
@@ -180,7 +182,7 @@ def test_under_a_target_one_file_is_enough_and_the_table_spans_the_runtimes(net,
     times = {".pt": 3.0, ".ptl": 1.0, ".onnx": 1.0}
 
     def latency(timers, *_, **__):
-        return {name: {"latency_ms": times["." + name.rpartition(".")[2]]} for name in timers}
+        return {name: {"latency_ms": times["." + name.rpartition(".")[2]]} for name in timers}, {}
 
     monkeypatch.setattr(search, "latency", latency)
     finetune = as_it_is([])

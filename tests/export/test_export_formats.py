@@ -24,7 +24,7 @@ from distill.networks.network import Network
 from distill.report import evaluate
 from distill.report.tables import Row
 from distill.runtimes import measure
-from distill.runtimes.serve import serve
+from distill.runtimes.serve import Served, serve
 from distill.schema.signatures import read
 from distill.schema.values import mismatch
 
@@ -196,6 +196,13 @@ def test_the_report_holds_every_file_and_a_crash_is_one_files_failure(
     }
     files = {name: [file for file in several if file.rounds] for name, several in files.items()}
     files["student"] += [bad, crashing]
+    asked, ask = {}, Served._ask
+
+    def told(served, images):
+        asked.setdefault(served.name, []).append(len(images))
+        return ask(served, images)
+
+    monkeypatch.setattr(Served, "_ask", told)
     rows, failures, *_ = evaluate.evaluate({"student": network}, nets, files, data, tolerance)
     named = {row.name: row for row in rows}
     assert set(named) == {"student", *(name for name in FILES if name.endswith(("pte", "onnx")))}
@@ -204,6 +211,9 @@ def test_the_report_holds_every_file_and_a_crash_is_one_files_failure(
     assert any(line.startswith("broken.onnx: cannot load") for line in failures)
     for row in rows:
         assert row.latency_ms > 0
+        # timed as on a phone, before any batch: after one TorchScript's int8 files are slower for one image
+        sizes = asked.get(row.name, [1] * 50 + [64])
+        assert max(sizes) > 1 and set(sizes[:50]) == {1}
         assert row.times_eager == pytest.approx(named["student"].latency_ms / row.latency_ms)
     fast, slow = named["student-int8.onnx"], named["student.onnx"]
     assert fast.times_float == pytest.approx(slow.latency_ms / fast.latency_ms)

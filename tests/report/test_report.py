@@ -162,16 +162,17 @@ def test_latency_takes_turns_on_one_thread_and_restores_the_number():
         def model(name):
             return measure.timed(lambda images: calls.append((name, len(images), torch.get_num_threads())))
 
-        found = measure.latency({"a": model("a"), "b": model("b")}, torch.rand(3, 3, 2, 2), seconds=0)
-        assert torch.get_num_threads() == 2
+        found, failed = measure.latency({"a": model("a"), "b": model("b")}, torch.rand(3, 3, 2, 2), seconds=0)
+        assert torch.get_num_threads() == 2 and not failed
 
         def broken(images):
             raise ValueError
 
         def dead(images):
-            raise UserError
+            raise UserError("dead: no answer")
 
-        assert list(measure.latency({"a": model("c"), "dead": dead}, torch.rand(1, 3, 2, 2), seconds=0)) == ["a"]
+        others, failed = measure.latency({"a": model("c"), "dead": dead}, torch.rand(1, 3, 2, 2), seconds=0)
+        assert list(others) == ["a"] and failed == {"dead": "dead: no answer"}
 
         with pytest.raises(ValueError):
             measure.latency({"broken": broken}, torch.rand(1, 3, 2, 2), seconds=0)
@@ -185,7 +186,7 @@ def test_latency_takes_turns_on_one_thread_and_restores_the_number():
 
 def test_latency_is_that_of_a_model_whose_memory_is_warm():
     runs = itertools.cycle([100.0] * 5 + [1.0, 2.0, 3.0, 2.0, 2.0])  # of a turn
-    (row,) = measure.latency({"a": lambda _: next(runs)}, torch.rand(1, 3, 2, 2), seconds=0).values()
+    row = measure.latency({"a": lambda _: next(runs)}, torch.rand(1, 3, 2, 2), seconds=0)[0]["a"]
     assert row["latency_ms"] == 2 and row["latency_p95_ms"] <= 3
 
 
@@ -208,7 +209,7 @@ def test_latency_is_measured_until_it_is_known():
 def test_latency_tells_a_slow_model_from_a_fast_one():
     small, large = torch.rand(10, 10), torch.rand(400, 400)
     models = {"small": measure.timed(lambda _: small @ small), "large": measure.timed(lambda _: large @ large)}
-    found = measure.latency(models, torch.rand(1, 3, 2, 2), seconds=0.1)
+    found, _ = measure.latency(models, torch.rand(1, 3, 2, 2), seconds=0.1)
     assert found["large"]["latency_ms"] > 3 * found["small"]["latency_ms"]
 
 
