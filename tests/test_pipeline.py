@@ -151,7 +151,10 @@ def test_weights_one_has_are_compressed_and_measured_without_training(train, fol
     assert list(rows) == ["student", "student-prune.pt", "student-prune.ptl", "student.pt", "student.ptl"]
     assert rows["student"]["top1"] == before["student"]["top1"]
     assert rows["student-prune.pt"]["macs"] < rows["student"]["macs"]
-    assert "its weights were given" in (folder.with_name("own") / "report.md").read_text()
+    said = (folder.with_name("own") / "report.md").read_text()
+    assert "its weights were given" in said and "teacher: none" in said and "teacher: resnet" not in said
+    row = tables.summary(cwd / "outputs").set_index("run").loc["own"]
+    assert row["teacher"] == "none" and row["student"] == "resnet8_tiny"
     words = ["run=outputs/own", "stages=[compress,export,report]", "compress=dynamic_int8"]
     assert train(*words, cwd=cwd) == 0
     assert (folder.with_name("own") / "export" / "student-dynamic_int8.pt").is_file()

@@ -32,13 +32,28 @@ def read_record(folder: Path, changed: bool = False) -> dict:
     file = folder / "run.json"
     with ways_on(folder):
         record = read_json(file, MOST, changed)
-        words = record.get("overrides")
-        kinds = {"choices": dict, "overrides": list, "created": str, "versions": dict}
+        record.setdefault("commands", [record.get("overrides")])  # which earlier versions did not write
+        kinds = {"choices": dict, "overrides": list, "commands": list, "created": str, "versions": dict}
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-        # Hydra's own options are never among a run's words: they could name folders and packages to search
-        if wrong or not all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words):
-            raise damaged(file, f"it says nothing that makes sense of its {(wrong or ['overrides'])[0]}")
+        wrong = wrong or [key for key in ("overrides", "commands") if not _are_words(record[key])]
+        if wrong:
+            raise damaged(file, f"it says nothing that makes sense of its {wrong[0]}")
     return record
+
+
+def _are_words(given: list) -> bool:
+    """Whether they, and those of lists among them, are a run's words. Hydra's own options never are: they could name
+    folders and packages to search."""
+    words = [word for each in given for word in (each if isinstance(each, list) else [each])]
+    return all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words)
+
+
+def choices(record: dict) -> dict:
+    """What a run was composed of, {"teacher", "student", "data"}; the teacher is "none" where the student came with its
+    weights and no command asked for one."""
+    words = [word for command in record["commands"] for word in command]
+    asked = any(word.startswith("stages=") and "teacher" in word for word in words)
+    return record["choices"] | ({"teacher": "none"} if record.get("given") and not asked else {})
 
 
 PATHS = ("root", "store", "folder", "checkpoint", "train", "val", "test")  # last words of options that name files

@@ -28,6 +28,7 @@ from distill.runs.changes import IMAGES, refuse_changes
 from distill.runs.records import (
     CWD,
     STARTING_POINT,
+    choices,
     command_line,
     continued,
     read_config,
@@ -141,12 +142,12 @@ class Run:
             "run": self.folder.name,
             "seed": self.cfg.seed,
             "git": self.record["git"],
-            **self.record["choices"],
+            **choices(self.record),
         }
 
     def commands(self) -> list[str]:
         """The command lines of this run: one after the other make the same."""
-        commands = self.record.get("commands", [self.record["overrides"]])
+        commands = self.record["commands"]
         if len(commands) > 1 and not any(word.startswith("name=") for word in commands[0]):  # the others name it
             commands = [[*commands[0], f"name={self.folder.name}"], *commands[1:]]
         return [command_line(words) for words in commands]
@@ -283,7 +284,7 @@ def _opened(folder: Path, cfg: DictConfig, begun: bool) -> Run:
         if cfg.run is not None:
             cfg, words = continued(folder, words, once["trust"], changed)
         record = read_record(folder, changed)
-        commands = record.get("commands", [record["overrides"]])
+        commands = record["commands"]
         again = command in commands or _goes_on(command)
         if begun:
             if not once["trust"]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from distill.errors import DamagedError, UserError
 from distill.files import MOST, damaged, read_json, read_yaml
 from distill.progress import say
-from distill.runs.records import read_record
+from distill.runs.records import choices, read_record
 from distill.runs.sweeps import damaged_records, varied
 
 if TYPE_CHECKING:
@@ -216,13 +216,13 @@ def _record(folder: Path) -> dict:
 
 def _identity(folder: Path, record: dict) -> dict:
     cfg = read_yaml(folder / "config.yaml", changed=True)
-    choices = all(isinstance(text, str) for text in record["choices"].values())
-    if not (isinstance(cfg.get("loss"), dict) and type(cfg.get("seed")) is int and choices):
+    texts = all(isinstance(text, str) for text in record["choices"].values())
+    if not (isinstance(cfg.get("loss"), dict) and type(cfg.get("seed")) is int and texts):
         raise damaged(folder / "config.yaml", "its loss or seed, or the record's choices")
     return {
         "run": folder.name,
         "folder": str(folder),
-        **record["choices"],
+        **choices(record),
         "loss": "+".join(cfg["loss"]),
         "seed": cfg["seed"],
         "overrides": " ".join(record["overrides"]),

@@ -278,6 +278,15 @@ def test_a_hostile_run_json_is_one_line(train, theirs, tmp_path, capfd, text):
     assert "theirs is left out" in line and "run.json is damaged" in line
 
 
+@pytest.mark.parametrize("commands", [1, "x", [1], [["seed=0", 2]], [["hydra.run.dir=x"]], {"a": 1}])
+def test_commands_that_no_run_has_given_are_one_line(train, theirs, tmp_path, capfd, commands):
+    record = json.loads((theirs / "run.json").read_text())
+    (theirs / "run.json").write_text(json.dumps(record | {"commands": commands}))
+    assert train("run=outputs/theirs", "trust=true", cwd=tmp_path) == 1
+    assert "nothing that makes sense of its commands" in capfd.readouterr().err.splitlines()[-1]
+    assert tables.summary(tmp_path / "outputs").empty
+
+
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="damaged"):
