@@ -4,12 +4,14 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import roles
 from distill.cli.disk import room
+from distill.cli.options import Stage
 from distill.cli.rehearsal import Tried, members, rehearse, stand_in, step
 from distill.data.base import Data
 from distill.data.findings import findings
@@ -28,8 +30,8 @@ UNITS = {"h": 3600, "min": 60, "s": 1}
 
 
 def tell(cfg: DictConfig, data: Data, folder: Path) -> None:
-    """What is to be said of the images; a rehearsal; then a line for each network, each training, the cache and the
-    disk. Only the run's record is written.
+    """What is to be said of the images; a rehearsal, of all stages where this is the only one; then a line for each
+    network, each training, the cache and the disk. Only the run's record is written.
 
     Raises:
         UserError: images are damaged, and data.corrupt=stop; or what `rehearse` raises.
@@ -41,6 +43,8 @@ def tell(cfg: DictConfig, data: Data, folder: Path) -> None:
         raise UserError(f"{count}: {few(data.left_out)}; mend or remove, or leave them out by data.corrupt=skip")
     if not leads():
         return
+    if list(cfg.stages) == ["check"]:
+        cfg = OmegaConf.merge(cfg, {"stages": get_args(Stage)})
     tried, writes = rehearse(cfg, data, folder)
     for line in (*_networks(cfg, data), *_trainings(cfg, data, tried), *_cache(cfg, data), room(writes)):
         say(f"  {line}")

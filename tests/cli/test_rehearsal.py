@@ -55,11 +55,17 @@ def test_losses_that_dont_fit_a_network_are_told_before_the_teacher_is_trained(t
     assert not (tmp_path / "outputs" / "fits").exists()
 
 
-def test_an_exporters_missing_package_is_told_before_the_teacher_is_trained(train, tmp_path, capfd, monkeypatch):
+WHEN = pytest.mark.parametrize("stages", [[], ["stages=[check]"]], ids=["run", "check"])
+
+
+@WHEN
+def test_an_exporters_missing_package_is_told_before_the_teacher_is_trained(
+    train, tmp_path, capfd, monkeypatch, stages
+):
     found = rehearsal.find_spec
     monkeypatch.setattr(rehearsal, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     words = [word for word in TRAINS if not word.startswith(("stages", "export"))]
-    assert train(*words, "export=[onnx]", cwd=tmp_path) == 1
+    assert train(*words, "export=[onnx]", *stages, cwd=tmp_path) == 1
     told = capfd.readouterr()
     assert "export=onnx needs onnx onnxscript onnxruntime: pip install onnxscript" in told.err
     assert "fitting" not in told.out
@@ -138,7 +144,13 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "words", [["compress=[static_int8]"], ["compress=[prune,qat_int8]"], ["compress=auto", QUANTIZERS]]
+    "words",
+    [
+        ["compress=[static_int8]"],
+        ["compress=[prune,qat_int8]"],
+        ["compress=auto", QUANTIZERS],
+        ["compress=[static_int8]", "stages=[check]"],
+    ],
 )
 def test_a_network_that_compression_cant_capture_is_told_before_the_teacher_is_trained(
     train, tmp_path, capfd, monkeypatch, words
@@ -153,10 +165,11 @@ def test_a_network_that_compression_cant_capture_is_told_before_the_teacher_is_t
     assert "fitting" not in told.out and not (tmp_path / "outputs" / "fits").exists()
 
 
-def test_too_few_images_to_calibrate_are_told_before_the_teacher_is_trained(train, tmp_path, capfd):
+@WHEN
+def test_too_few_images_to_calibrate_are_told_before_the_teacher_is_trained(train, tmp_path, capfd, stages):
     given = [word for word in TRAINS if not word.startswith(("stages", "export", "compress", "data.train_size"))]
     few = ["data.train_size=20", "compress=[static_int8]", "export=[torchscript]"]
-    assert train(*given, *few, cwd=tmp_path) == 1
+    assert train(*given, *few, *stages, cwd=tmp_path) == 1
     told = capfd.readouterr()
     assert "compress.static_int8.images=512 with 20 training images" in told.err and "fitting" not in told.out
 
