@@ -28,7 +28,7 @@ ROOMS = (  # from the user down to the ground; imports point downwards only
         "losses",
         "schema",
     ),
-    *("locks", "files", "processes", "progress", "signals", "types", "asked", "called", "own", "errors"),
+    *("locks", "files", "archives", "processes", "progress", "signals", "types", "asked", "called", "own", "errors"),
 )
 
 

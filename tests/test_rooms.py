@@ -20,6 +20,7 @@ USES = imports.imports(PACKAGE)
 
 def test_only_the_ground_lies_loose():
     assert imports.loose(PACKAGE) == [
+        "archives",
         "asked",
         "called",
         "errors",

@@ -251,9 +251,13 @@ def _hydra_text(chain: list[Exception]) -> str:
     absent = next((link for link in chain if isinstance(link, MissingConfigException) and link.missing_cfg_file), None)
     if absent is not None:
         group, _, choice = absent.missing_cfg_file.rpartition("/")
+        if group in ("hydra/launcher", "hydra/sweeper") and not sweep.FLAGS & {*sys.argv}:
+            return f"{group}={choice} is for several jobs, and this is one: add -m, and what varies (seed=0,1)"
         places = [group, "network"] if group in ("teacher", "student") else [group]
         folders = [Path(folder, place) for folder in (CONF, *config_dirs()) for place in places]
-        choices = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+        choices = sorted(
+            {*(absent.options or ()), *(file.stem for folder in folders for file in folder.glob("*.yaml"))}
+        )
         return f"no {group} '{choice}'{nearest(choice, choices) or '.'} There are: {', '.join(choices)}"
     unknown = next((link for link in chain if isinstance(link, (ConfigKeyError, ConfigAttributeError))), None)
     if unknown is not None and isinstance(chain[0], ConfigCompositionException):

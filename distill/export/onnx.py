@@ -4,8 +4,9 @@ which ONNX Runtime fuses into its int8 kernels when it loads the file.
 
 import ast
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,12 @@ from distill.runtimes import graph
 from distill.runtimes.artifact import Artifact, Model, describe, publish
 
 FLOW = "onnx"
-OPSETS = range(18, 24)  # what torch.onnx writes; ONNX Runtime reads the newest from 1.22 on
+OPSETS = range(18, 24)  # what torch.onnx writes
+OPSET = 21  # what ONNX Runtime computes from 1.20 on, on phones as here; int8 of 23 from 1.24 on
+CONFINED = (
+    1,
+    24,
+)  # from this version on ONNX Runtime reads nothing outside of a file's folder; Python 3.10's last is 1.23
 METADATA = "distill"  # the key in the file's metadata_props
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # what it needs besides this package's own dependencies
 
@@ -31,7 +37,7 @@ def export(
     stem: Path,
     metadata: dict,
     *,
-    opset: Annotated[int, Interval(ge=18, le=23)] = OPSETS[-1],
+    opset: Annotated[int, Interval(ge=18, le=23)] = OPSET,
     resize: bool = False,
 ) -> list[Artifact]:
     """Writes stem.onnx: "images" (batch, C, H, W) to "logits" (batch, K).
@@ -145,6 +151,8 @@ def _session(path: Path):
         import onnxruntime
     except ImportError as error:
         raise _missing() from error
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < CONFINED:
+        _refuse_outside(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -152,6 +160,32 @@ def _session(path: Path):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own exceptions have no common class
         raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
+
+
+def _refuse_outside(path: Path) -> None:
+    """Raises UserError where a part of the file lies in another folder: an older ONNX Runtime reads what is named."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own, whatever the bytes lead to
+        raise UserError(f"cannot load {path}: {graph.reason(error)}; export it again") from error
+    folder = os.path.realpath(path.parent)
+    for tensor in _tensors(model):
+        place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        found = os.path.realpath(os.path.join(folder, place))
+        if tensor.data_location == tensor.EXTERNAL and os.path.commonpath([folder, found]) != folder:
+            raise UserError(f"cannot load {path}: External data path {place} is not in its folder; export it again")
+
+
+def _tensors(message) -> Iterator:
+    """The tensors in a message of ONNX, in whatever it holds."""
+    for field, value in message.ListFields():
+        for each in (value if isinstance(value, Iterable) else [value]) if field.message_type else ():
+            if field.message_type.name == "TensorProto":
+                yield each
+            else:
+                yield from _tensors(each)
 
 
 def _quantization() -> dict:

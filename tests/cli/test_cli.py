@@ -29,6 +29,10 @@ from distill.cli import command, seeds
         (["loss=[ce"], "error: no viable alternative at input '[ce'"),
         (["teacher=nowhere"], "no teacher 'nowhere'. There are: convnext_tiny, custom, deit_tiny"),
         (["data=mnist"], "no data 'mnist'. There are: cifar10, cifar100, digits"),
+        (["hydra/launcher=processes"], "hydra/launcher=processes is for several jobs, and this is one: add -m"),
+        (["hydra/sweeper=search"], "hydra/sweeper=search is for several jobs"),
+        (["-m", "seed=0,1", "hydra/launcher=x"], "no hydra/launcher 'x'. There are: basic, processes, ray, submitit_l"),
+        (["-m", "seed=0,1", "hydra/sweeper=serch"], "did you mean search? There are: basic, search"),
         (["+loss.kd.weight=3"], "An item is already at 'loss.kd.weight'"),
     ],
 )

@@ -628,29 +628,43 @@ def test_tables_in_a_notebook_are_escaped(theirs, tmp_path):
 # exported files
 
 
-def test_an_onnx_file_reads_nothing_outside_of_its_folder(tmp_path):
+@pytest.mark.parametrize("where", ["initializer", "constant", "function"])
+@pytest.mark.parametrize("runtime", ["its own", "1.23.2"])
+def test_an_onnx_file_reads_nothing_outside_of_its_folder(tmp_path, monkeypatch, where, runtime):
+    """A runtime before 1.24, Python 3.10's last, reads what is named."""
+    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
+    if runtime != "its own":
+        monkeypatch.setattr(onnxruntime, "__version__", runtime)
     (tmp_path / "secret").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "beside").write_bytes((tmp_path / "secret").read_bytes())
-    for place in ("beside", str(tmp_path / "secret"), "../secret"):
+    (tmp_path / "export" / "link").symlink_to("../secret")
+    for place in ("beside", str(tmp_path / "secret"), "../secret", "link", "x/../../secret"):
         weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
         weight.ClearField("raw_data")
         weight.data_location = TensorProto.EXTERNAL
         for key, value in {"location": place, "offset": "0", "length": "16"}.items():
             entry = weight.external_data.add()
             entry.key, entry.value = key, value
+        nodes, functions = [helper.make_node("Add", ["images", "w"], ["logits"])], []
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+        if where != "initializer":
+            nodes.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+        if where == "function":
+            functions = [helper.make_function("own", "Sum", ["images"], ["logits"], nodes, opsets[:1])]
+            nodes = [helper.make_node("Sum", ["images"], ["logits"], domain="own")]
         graph = helper.make_graph(
-            [helper.make_node("Add", ["images", "w"], ["logits"])],
+            nodes,
             "g",
             [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 4])],
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 4])],
-            [weight],
+            [weight] if where == "initializer" else [],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions)
         (tmp_path / "export" / "student.onnx").write_bytes(model.SerializeToString())
-        refused = pytest.raises(UserError, match="External data path")
+        refused = pytest.raises(UserError, match="is not in its folder" if runtime != "its own" else "xternal data")
         with contextlib.nullcontext() if place == "beside" else refused:
             onnx.load(tmp_path / "export" / "student.onnx")(torch.zeros(1, 4))
 
