@@ -19,14 +19,13 @@ from distill.errors import UsageError, UserError
 from distill.export.resize import PREPARED, Cut, cuts, described_with, put_before, shown
 from distill.runtimes import graph
 from distill.runtimes.artifact import Artifact, Model, describe, publish
+from distill.runtimes.coverage import stored
 
 FLOW = "onnx"
 OPSETS = range(18, 24)  # what torch.onnx writes
-OPSET = 21  # what ONNX Runtime computes from 1.20 on, on phones as here; int8 of 23 from 1.24 on
-CONFINED = (
-    1,
-    24,
-)  # from this version on ONNX Runtime reads nothing outside of a file's folder; Python 3.10's last is 1.23
+OPSET = 21  # what ONNX Runtime computes from 1.20 on, on phones as here
+INT8 = 22  # up to which an older one than RECENT computes int8
+RECENT = (1, 24)  # ONNX Runtime, with int8 of 23, that reads nothing outside of a file's folder; Python 3.10 has 1.23
 METADATA = "distill"  # the key in the file's metadata_props
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # what it needs besides this package's own dependencies
 
@@ -52,10 +51,16 @@ def export(
 
     Raises:
         UsageError: another opset.
-        UserError: onnx is missing, does not know a part of `net`, or the file cannot be written.
+        UserError: onnx is missing, or too old for int8 of this opset, does not know a part of `net`, or the file cannot
+            be written.
     """
     if opset not in OPSETS:
         raise UsageError(f"export.onnx.opset={opset} is none that is written: choose {OPSETS[0]} to {OPSETS[-1]}")
+    if opset > INT8 and stored(net).keys() != {"float"} and _version() < RECENT:
+        raise UserError(
+            f"export.onnx.opset={opset}: ONNX Runtime {_runtime().__version__} computes int8 up to {INT8}: choose "
+            f"export.onnx.opset={OPSET}, or pip install 'onnxruntime>={RECENT[0]}.{RECENT[1]}'"
+        )
     described = described_with(describe(example, metadata), resize)
     steps = cuts(described["input"])
     data, places = written(net, example, opset, json.dumps(described, ensure_ascii=False), cuts=steps)
@@ -146,12 +151,21 @@ def read_metadata(path: Path) -> dict:
     return json.loads(_session(path).get_modelmeta().custom_metadata_map[METADATA])
 
 
-def _session(path: Path):
+def _runtime():
     try:
         import onnxruntime
     except ImportError as error:
         raise _missing() from error
-    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < CONFINED:
+    return onnxruntime
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, _runtime().__version__.split(".")[:2]))
+
+
+def _session(path: Path):
+    onnxruntime = _runtime()
+    if _version() < RECENT:
         _refuse_outside(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

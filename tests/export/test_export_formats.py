@@ -338,10 +338,22 @@ def test_onnx_is_written_in_the_opset_asked_for(network, nets, tmp_path, opset):
 
     images = torch.rand(7, 3, SIZE, SIZE)
     for name, net in (("float", network.plain()), ("int8", nets["student-int8"]["onnx"])):
+        if name == "int8" and opset > onnx.INT8 and onnx._version() < onnx.RECENT:
+            continue
         (file,) = onnx.export(net, images, tmp_path / name, {}, opset=opset)
         assert [each.version for each in onnx_package.load(file.path).opset_import if not each.domain] == [opset]
         bound = 0.05 * net(images).abs().max().item() if name == "int8" else 1e-4
         torch.testing.assert_close(file.run(images), net(images).detach(), rtol=1e-4, atol=bound)
+
+
+def test_int8_of_an_opset_that_an_old_runtime_lacks_is_told(network, nets, tmp_path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")  # Python 3.10's last
+    images, int8 = torch.rand(2, 3, SIZE, SIZE), nets["student-int8"]["onnx"]
+    with pytest.raises(UserError, match=r"opset=23: ONNX Runtime 1\.23\.2 computes int8 up to 22: choose .*=21"):
+        onnx.export(int8, images, tmp_path / "net", {}, opset=23)
+    assert onnx.export(int8, images, tmp_path / "net", {})
 
 
 @pytest.mark.parametrize("opset", [9, 17, 24, "new", 20.5])
