@@ -251,8 +251,6 @@ def _hydra_text(chain: list[Exception]) -> str:
     absent = next((link for link in chain if isinstance(link, MissingConfigException) and link.missing_cfg_file), None)
     if absent is not None:
         group, _, choice = absent.missing_cfg_file.rpartition("/")
-        if group in ("hydra/launcher", "hydra/sweeper") and not sweep.FLAGS & {*sys.argv}:
-            return f"{group}={choice} is for several jobs, and this is one: add -m, and what varies (seed=0,1)"
         places = [group, "network"] if group in ("teacher", "student") else [group]
         folders = [Path(folder, place) for folder in (CONF, *config_dirs()) for place in places]
         choices = sorted(
@@ -269,9 +267,11 @@ def _hydra_text(chain: list[Exception]) -> str:
 
 
 def refuse_words(argv: list[str]) -> None:
-    """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, and a
-    group that is to be null or a number."""
+    """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, a group
+    that is to be null or a number, and what only several jobs have."""
     for word in argv:
+        if re.match(r"\+?hydra/(launcher|sweeper)=", word) and not sweep.FLAGS & {*argv}:
+            raise UsageError(f"{word} is for several jobs, and this is one: add -m, and what varies (seed=0,1)")
         if config.is_group(word, config.groups()) and re.fullmatch(r"[^=]*=(null|true|false|-?[\d.]+)?", word):
             raise UsageError(f"{word}: expected the name of a choice; {asked.again('--help')} lists them")
     _, unknown = get_args_parser().parse_known_intermixed_args(argv)
