@@ -267,8 +267,8 @@ def _hydra_text(chain: list[Exception]) -> str:
 
 
 def refuse_words(argv: list[str]) -> None:
-    """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, a group
-    that is to be null or a number, and what only several jobs have."""
+    """Raises UsageError for what Hydra doesn't tell in a line: a flag that is not its own, such as `--epochs 3`, a
+    group that is to be null or a number, and what only several jobs have."""
     for word in argv:
         if re.match(r"\+?hydra/(launcher|sweeper)=", word) and not sweep.FLAGS & {*argv}:
             raise UsageError(f"{word} is for several jobs, and this is one: add -m, and what varies (seed=0,1)")

@@ -285,7 +285,7 @@ class Plain:
 
 
 def test_a_run_s_files_are_asked_at_every_step(net, data, tmp_path, tolerance, monkeypatch):
-    monkeypatch.setattr(measure, "latency", lambda timers, example: (dict.fromkeys(timers, {}), {}))
+    monkeypatch.setattr(measure, "latency", lambda timers, example: ({name: {} for name in timers}, {}))
 
     def half(net, finetune=None, data=None, flow="fx"):
         made = Net().eval()
