@@ -203,7 +203,8 @@ def test_a_signal_saves_in_mid_epoch_and_says_what_goes_on(folder, whole, by, co
 
 def test_two_processes_that_are_terminated_save_and_go_on(folder):
     words = [*WORDS, "trainer.devices=2", "trainer.strategy=ddp", "checkpoint_every=100"]
-    assert run(folder, *words, "name=pair")[0] == 0
+    ended, said = run(folder, *words, "name=pair")
+    assert ended == 0, said
     ended, said = run(folder, *words, "name=pair2", kill_at=5, by=signal.SIGTERM)
     left = folder / "outputs" / "pair2"
     assert (ended, status(left)) == (143, "terminated") and "Traceback" not in said
