@@ -35,17 +35,21 @@ def read_record(folder: Path, changed: bool = False) -> dict:
         record.setdefault("commands", [record.get("overrides")])  # which earlier versions did not write
         kinds = {"choices": dict, "overrides": list, "commands": list, "created": str, "versions": dict}
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-        wrong = wrong or [key for key in ("overrides", "commands") if not _are_words(record[key])]
+        if not wrong and not _are_words(record["overrides"]):
+            wrong = ["overrides"]
+        if not wrong and not all(map(_are_words, record["commands"])):
+            wrong = ["commands"]
         if wrong:
             raise damaged(file, f"it says nothing that makes sense of its {wrong[0]}")
     return record
 
 
-def _are_words(given: list) -> bool:
-    """Whether they, and those of lists among them, are a run's words. Hydra's own options never are: they could name
-    folders and packages to search."""
-    words = [word for each in given for word in (each if isinstance(each, list) else [each])]
-    return all(isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in words)
+def _are_words(given) -> bool:
+    """Whether it is a list of a run's words. Hydra's own options never are: they could name folders and packages to
+    search."""
+    return isinstance(given, list) and all(
+        isinstance(word, str) and "hydra" not in word.partition("=")[0] for word in given
+    )
 
 
 def choices(record: dict) -> dict:

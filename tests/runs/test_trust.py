@@ -266,8 +266,12 @@ def test_a_hostile_config_yaml_is_one_line(train, theirs, tmp_path, capfd, text)
     assert not (tmp_path / "ran").exists()
 
 
+NESTED = '{"choices": {}, "created": "", "versions": {}, "overrides": [["seed=0"]]}'
+
+
 @pytest.mark.parametrize(
-    "text", ["[" * 10**5, "{}", "[]", "{", '{"overrides": 1}', '{"overrides": [1]}', "9" * 9000, " " * 2 * 10**6]
+    "text",
+    ["[" * 10**5, "{}", "[]", "{", '{"overrides": 1}', '{"overrides": [1]}', NESTED, "9" * 9000, " " * 2 * 10**6],
 )
 def test_a_hostile_run_json_is_one_line(train, theirs, tmp_path, capfd, text):
     (theirs / "run.json").write_text(text)
@@ -278,7 +282,7 @@ def test_a_hostile_run_json_is_one_line(train, theirs, tmp_path, capfd, text):
     assert "theirs is left out" in line and "run.json is damaged" in line
 
 
-@pytest.mark.parametrize("commands", [1, "x", [1], [["seed=0", 2]], [["hydra.run.dir=x"]], {"a": 1}])
+@pytest.mark.parametrize("commands", [1, "x", [1], ["seed=0"], [["seed=0", 2]], [["hydra.run.dir=x"]], {"a": 1}])
 def test_commands_that_no_run_has_given_are_one_line(train, theirs, tmp_path, capfd, commands):
     record = json.loads((theirs / "run.json").read_text())
     (theirs / "run.json").write_text(json.dumps(record | {"commands": commands}))
